@@ -1,0 +1,66 @@
+"""One search on a pretrained transformer gives the whole family: a model of any size."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from pathprune.budget import Budget as Budget
+    from pathprune.budget import Selection as Selection
+    from pathprune.discovery import find_pairs as find_pairs
+    from pathprune.errors import ArtifactError as ArtifactError
+    from pathprune.errors import BudgetError as BudgetError
+    from pathprune.errors import DataError as DataError
+    from pathprune.errors import MismatchError as MismatchError
+    from pathprune.errors import PathpruneError as PathpruneError
+    from pathprune.errors import UnsupportedModelError as UnsupportedModelError
+    from pathprune.masks import masked as masked
+    from pathprune.pairs import Pair as Pair
+    from pathprune.pairs import PairList as PairList
+    from pathprune.pairs import Slot as Slot
+    from pathprune.path import SolutionPath as SolutionPath
+    from pathprune.recovery import recover as recover
+    from pathprune.searching import search as search
+    from pathprune.slicing import slice_model as slice_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArtifactError": "errors",
+    "Budget": "budget",
+    "BudgetError": "errors",
+    "DataError": "errors",
+    "MismatchError": "errors",
+    "Pair": "pairs",
+    "PairList": "pairs",
+    "PathpruneError": "errors",
+    "Selection": "budget",
+    "Slot": "pairs",
+    "SolutionPath": "path",
+    "UnsupportedModelError": "errors",
+    "find_pairs": "discovery",
+    "masked": "masks",
+    "recover": "recovery",
+    "search": "searching",
+    "slice_model": "slicing",
+}
+
+__all__ = sorted(_HOME)
+
+# Sliced models load by plain `from_pretrained` once transformers knows us. Importing it here would
+# cost seconds, so it is told when it is imported, or at once if it already is.
+wrapt.register_post_import_hook("pathprune.hub:register", "transformers.quantizers.auto")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pathprune' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"pathprune.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,93 @@
+"""Tensors and their description on disk: safetensors beside JSON, replaced as one.
+
+``<name>.json`` names its tensor file by content, and is renamed into place only when that file
+is complete; until then the folder still holds the previous artifact. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from pathprune.errors import ArtifactError
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
+    """Write ``<folder>/<name>.json`` and its tensors; what was there stays until both are complete.
+
+    Raises:
+        ArtifactError: the folder cannot be made or written, or the disk is full.
+    """
+    folder = Path(folder)
+    data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    target = folder / f"{name}-{digest[:12]}.safetensors"
+    text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(target, data)
+        _replace(folder / f"{name}.json", text.encode())
+        for old in folder.glob(f"{name}-*.safetensors"):
+            if old != target:
+                old.unlink()
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {name} to {folder}: {error.strerror or error}; what was there is unchanged. "
+            "Free some space, or choose a folder that you may write to"
+        ) from error
+
+
+def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what ``write_artifact`` wrote: (description, tensors).
+
+    Raises:
+        ArtifactError: missing, truncated, altered, or of another format version.
+    """
+    path = Path(folder) / f"{name}.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        if not isinstance(meta, dict):
+            raise ValueError("not a JSON object")
+        if meta.get("format") != version:
+            raise ArtifactError(
+                f"{path} has format {meta.get('format')!r}, this pathprune reads format {version}; "
+                "use the pathprune release that wrote it, or search again"
+            )
+        file = str(meta["tensors"]["file"])
+        if Path(file).name != file:
+            raise ValueError(f"tensor file {file!r} lies outside the folder")
+        data = (path.parent / file).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != meta["tensors"]["sha256"]:
+            raise ValueError(f"{file} does not have the recorded SHA-256; it is truncated or was altered")
+        return meta, safetensors.numpy.load(data)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename} does not exist; {folder} holds no complete {name}") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write beside ``target``, then rename over it."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""Sliced models load and save like any model of ``transformers``.
+
+The shape record stands in the model's ``config.json`` as a ``quantization_config``, the one door
+through which ``transformers`` lets a library reshape a model of any architecture before its
+weights arrive; ``AutoModel.from_pretrained`` and every other class then load it, with dtype,
+device map and sharding working as always. Importing pathprune registers the door. A process that
+did not import it is told so: the method's name, which ``transformers`` prints when it does not
+know it, is the remedy.
+
+Nothing here quantises. After loading, the flags that make ``transformers`` take the model for a
+quantised one (and refuse ``.half()`` or training) are cleared.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pathprune import slicing
+from pathprune.budget import Selection
+from pathprune.errors import ArtifactError
+
+METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
+FORMAT = 1
+
+
+class PathpruneConfig(QuantizationConfigMixin):
+    """The shape record of a sliced model, in its configuration.
+
+    Args:
+        record: what ``pathprune.slicing`` describes.
+        selection: sizes and widths, for people.
+
+    Raises:
+        ArtifactError: the record is malformed.
+    """
+
+    def __init__(
+        self,
+        record: Mapping[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format = format
+        self.record = _checked(record, format)
+        self.selection = dict(selection or {})
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> PathpruneConfig | tuple[PathpruneConfig, dict[str, Any]]:
+        known = {key: config_dict.get(key) for key in ("record", "selection", "format")}
+        if unknown := set(config_dict) - set(known) - {"quant_method"}:
+            raise ArtifactError(f"unknown keys in the shape record: {sorted(unknown)}; it was written by a newer pathprune")
+        config = cls(**known)  # type: ignore[arg-type]
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "record": copy.deepcopy(self.record),
+            "selection": copy.deepcopy(self.selection),
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+class PathpruneLoader(HfQuantizer):
+    """Shapes a model before its weights arrive."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        slicing.shape_modules(model, _below(model, self.quantization_config.record))
+
+    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
+        model.config.quantization_config = self.quantization_config
+        model.is_quantized = False
+        for flag in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, flag):
+                delattr(model, flag)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+def attach_record(model: nn.Module, record: Mapping[str, Any], selection: Selection) -> None:
+    """Write a shape record into a sliced model's configuration."""
+    config: Any = model.config
+    config.quantization_config = PathpruneConfig(record, selection.to_dict())
+
+
+def register(module: Any = None) -> None:
+    """Tell ``transformers`` about sliced models."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(PathpruneConfig)
+        auto.register_quantizer(METHOD)(PathpruneLoader)
+
+
+def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record's module names as they are in ``model``.
+
+    A record written for a model with a task head holds for its base model, and the other way
+    round; their names differ by the base model's prefix.
+    """
+    modules = dict(model.named_modules())
+    prefix = getattr(model, "base_model_prefix", "") + "."
+
+    def rename(name: str) -> str:
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in modules:
+                return candidate
+        raise ArtifactError(
+            f"the shape record names {name}, which {type(model).__name__} does not have; "
+            "load it with the class it was saved from, or with another of the same base model"
+        )
+
+    return {part: {rename(name): value for name, value in entries.items()} for part, entries in record.items()}
+
+
+def _checked(record: Any, version: Any) -> dict[str, Any]:
+    """Refuse what is not a shape record: it comes from a file."""
+    if version != FORMAT:
+        raise ArtifactError(f"the shape record has format {version!r}, this pathprune reads {FORMAT}; update pathprune")
+    if not isinstance(record, Mapping) or set(record) != {"modules", "attributes", "rotary"}:
+        raise ArtifactError("the shape record is malformed: it needs modules, attributes and rotary")
+
+    def size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+    allowed = {*slicing.HEAD_DIM_ATTRIBUTES, *slicing.HEAD_COUNT_ATTRIBUTES, "all_head_size"}
+    for name, shape in record["modules"].items():
+        pad = shape.get("pad")
+        good = set(shape) == {"in_features", "out_features", "bias", "pad"} and isinstance(shape["bias"], bool)
+        good = good and size(shape["in_features"]) and size(shape["out_features"])
+        if good and pad is not None:
+            good = set(pad) == {"side", "blocks", "width", "padded"} and pad["side"] in ("in", "out")
+            good = good and all(size(pad[key]) for key in ("blocks", "width", "padded"))
+            good = good and pad["width"] <= pad["padded"]
+            good = good and pad["blocks"] * pad["width"] == shape[f"{pad['side']}_features"]
+        if not good:
+            raise ArtifactError(f"the shape record of {name} is malformed: {shape!r}")
+    for name, attributes in record["attributes"].items():
+        if not set(attributes) <= allowed or not all(size(value) for value in attributes.values()):
+            raise ArtifactError(f"the shape record of {name} sets {attributes!r}; only sizes in {sorted(allowed)} may be set")
+    for name, columns in record["rotary"].items():
+        if not isinstance(columns, list) or not all(size(column) for column in columns):
+            raise ArtifactError(f"the shape record of {name} has rotary columns that are not indices")
+    return copy.deepcopy(dict(record))

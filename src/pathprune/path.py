@@ -1,0 +1,196 @@
+"""SolutionPath: the ranking that a search found, as an object and as an artifact on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pathprune.artifact import read_artifact, write_artifact
+from pathprune.budget import Budget, Selection, select
+from pathprune.errors import ArtifactError, MismatchError
+from pathprune.order import UNITS, Order, Unit, removal_order
+from pathprune.pairs import BaseModel, Pair, PairList, Slot
+
+FORMAT = 1
+
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a search did, step by step, over S steps and P pairs.
+
+    Args:
+        loss: (S,), the objective at the mask that the step visited.
+        level: (S,), fraction of the prunable parameters that the mask kept.
+        gamma_l1: (S, P), L1 norm of Gamma by pair (SPP, figure 2).
+    """
+
+    loss: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    level: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    gamma_l1: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+@dataclass(frozen=True)
+class SolutionPath:
+    """A ranking of every unit, and with it a model of every size.
+
+    Args:
+        pairs: the pairs of the base model.
+        ranking: pair name -> (G, U); a unit with a larger number stays longer.
+        unit: what an attention layer may lose (``pathprune.order.removal_order``).
+        multiple: widths stay multiples of this many units.
+        seq_len: sequence length, in tokens, at which MACs are counted.
+        fill: pair name -> (G, D), see ``Selection``.
+        basis: pair name -> (G, D, D), see ``Selection``.
+        trajectory: what the search did.
+        config: how the search was set up; empty for a ranking from elsewhere.
+        versions: of the libraries that made the path.
+    """
+
+    pairs: PairList
+    ranking: dict[str, Floats]
+    unit: Unit = "mixed"
+    multiple: int = 1
+    seq_len: int = 128
+    fill: dict[str, Floats] = field(default_factory=dict)
+    basis: dict[str, Floats] = field(default_factory=dict)
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise MismatchError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
+        if self.multiple < 1 or self.seq_len < 1:
+            raise MismatchError(f"multiple={self.multiple} and seq_len={self.seq_len} must be at least 1")
+        names = {pair.name for pair in self.pairs}
+        if set(self.ranking) != names:
+            raise MismatchError(
+                f"the ranking does not name the model's pairs: missing {sorted(names - set(self.ranking))[:3]}, "
+                f"unknown {sorted(set(self.ranking) - names)[:3]}"
+            )
+        for pair in self.pairs:
+            _check(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
+            if pair.name in self.fill:
+                _check(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
+            if pair.name in self.basis:
+                _check(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+
+    @classmethod
+    def from_scores(
+        cls,
+        pairs: PairList,
+        scores: Mapping[str, Any],
+        *,
+        unit: Unit = "mixed",
+        multiple: int = 1,
+        seq_len: int = 128,
+    ) -> SolutionPath:
+        """A path from any ranking: a baseline's, or your own.
+
+        Args:
+            pairs: from ``find_pairs``.
+            scores: pair name -> tensor or array of ``pair.shape``; larger stays longer. Scores of
+                all pairs are compared as they are: divide by ``pair.unit_params`` to rank by
+                gain per parameter.
+            unit, multiple, seq_len: see ``SolutionPath``.
+
+        Raises:
+            MismatchError: names or shapes are not those of the pairs, or a score is not finite.
+        """
+        ranking = {
+            name: np.asarray(score.detach().cpu() if hasattr(score, "detach") else score, dtype=np.float32)
+            for name, score in scores.items()
+        }
+        return cls(pairs, ranking, unit=unit, multiple=multiple, seq_len=seq_len, versions=library_versions())
+
+    @cached_property
+    def order(self) -> Order:
+        """The family, as a sequence of removals."""
+        return removal_order(self.pairs, self.ranking, unit=self.unit, multiple=self.multiple)
+
+    def select(self, budget: Budget) -> Selection:
+        """The largest architecture within ``budget``; see ``pathprune.budget.select``."""
+        return select(self, budget)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``path.json`` and its tensors into ``folder``, replacing a path that is there.
+
+        Raises:
+            ArtifactError: the folder cannot be written; what was there is unchanged.
+        """
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for part in ("ranking", "fill", "basis"):
+            for name, array in getattr(self, part).items():
+                tensors[f"{part}/{name}"] = np.asarray(array, dtype=np.float32)
+        for name, array in asdict(self.trajectory).items():
+            tensors[f"trajectory/{name}"] = np.asarray(array, dtype=np.float32)
+        meta = {
+            "format": FORMAT,
+            "base": asdict(self.pairs.base),
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "refused": self.pairs.refused,
+            "unit": self.unit,
+            "multiple": self.multiple,
+            "seq_len": self.seq_len,
+            "config": self.config,
+            "versions": self.versions,
+        }
+        write_artifact(folder, "path", meta, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SolutionPath:
+        """Read a path; the model is not needed.
+
+        Raises:
+            ArtifactError: missing, truncated or malformed.
+        """
+        meta, tensors = read_artifact(folder, "path", FORMAT)
+        parts: dict[str, dict[str, Floats]] = {"ranking": {}, "fill": {}, "basis": {}, "trajectory": {}}
+        try:
+            for key, array in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = array
+            pairs = [
+                Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]
+            ]
+            return cls(
+                PairList(pairs, BaseModel(**meta["base"]), meta["refused"]),
+                parts["ranking"],
+                unit=meta["unit"],
+                multiple=meta["multiple"],
+                seq_len=meta["seq_len"],
+                fill=parts["fill"],
+                basis=parts["basis"],
+                trajectory=Trajectory(**parts["trajectory"]),
+                config=meta["config"],
+                versions=meta["versions"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, MismatchError) as error:
+            raise ArtifactError(f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    versions = {}
+    for name in ("pathprune", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def _check(what: str, array: Floats, shape: Sequence[int]) -> None:
+    if array.shape != tuple(shape):
+        raise MismatchError(f"{what} has shape {array.shape}; the model has {tuple(shape)}")
+    if not np.isfinite(array).all():
+        raise MismatchError(f"{what} has {int((~np.isfinite(array)).sum())} values that are not finite")
