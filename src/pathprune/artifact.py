@@ -80,6 +80,13 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
         raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
 
 
+def remove_artifact(folder: str | os.PathLike[str], name: str) -> None:
+    """Delete an artifact, its description first; nothing happens where there is none."""
+    (Path(folder) / f"{name}.json").unlink(missing_ok=True)
+    for tensors in Path(folder).glob(f"{name}-*.safetensors"):
+        tensors.unlink(missing_ok=True)
+
+
 def _replace(target: Path, data: bytes) -> None:
     """Write beside ``target``, then rename over it."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

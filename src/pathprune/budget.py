@@ -78,12 +78,14 @@ class Selection:
         basis: pair name -> (G, D, D), rotation of the pair's heads before units are counted
             (``pathprune.basis``). Pairs without one are absent.
         budget: what was asked for.
+        removals: how far along the path's order this selection lies.
         seq_len: sequence length, in tokens, at which ``macs`` is counted.
     """
 
     pairs: PairList
     keep: dict[str, npt.NDArray[np.bool_]]
     budget: Budget | None = None
+    removals: int = 0
     seq_len: int = 128
     fill: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     basis: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
@@ -175,6 +177,4 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
             f"{sizes[-1]:,} of {dense:,}; ask for {budget.kind}={sizes[-1] if absolute else round(sizes[-1] / dense + 5e-5, 4)} or more"
         )
     removals = int(np.argmax(sizes <= limit))
-    return Selection(
-        pairs, order.keep(removals), budget=budget, seq_len=path.seq_len, fill=path.fill, basis=path.basis
-    )
+    return Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)

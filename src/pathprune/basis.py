@@ -1,0 +1,152 @@
+"""Rotate heads into balanced bases, where units are ordered low-rank directions.
+
+Query and key of a head meet only in their product, value and output projection likewise, so an
+invertible map of the head's inner axis may be pushed through: q' = A^-T q, k' = A k leaves
+q'.k' = q.k, and v' = A v, W_o' = W_o A^-1 leaves W_o v. Of all such bases the *balanced* one
+gives both sides the same diagonal second moment, so that dropping its last dimensions is the
+best low-rank approximation of the product on the calibration data. (The construction is that of
+balanced truncation; Moore, IEEE Trans. Autom. Control 26, 1981.)
+
+Keys and values are centred first. A key's mean adds the same number to all logits of a query,
+which the softmax ignores; a value's mean passes through attention unchanged, because attention
+weights sum to one, and is kept as the fill of the removed dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pathprune.discovery import fillable, rotatable
+from pathprune.pairs import Pair, PairList, Slot
+
+Floats = npt.NDArray[np.floating]
+
+RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zero
+
+
+@dataclass
+class Moments:
+    """Running sums of an inner activation over tokens, in float64.
+
+    Attributes:
+        count: tokens seen.
+        first: (H, D), sum.
+        second: (H, D, D), sum of outer products; empty for an MLP.
+    """
+
+    count: int = 0
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, y: Tensor, heads: int, outer: bool) -> None:
+        """Add (tokens, H D) activations."""
+        y = y.detach().unflatten(-1, (heads, -1)).double()
+        self.count += y.shape[0]
+        self.first = self.first + y.sum(0)
+        if outer:
+            y = y.transpose(0, 1)  # (H, tokens, D)
+            self.second = self.second + y.mT @ y
+
+    @property
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    def moment(self, centred: bool) -> Tensor:
+        """(H, D, D)."""
+        second = self.second / self.count
+        return second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2) if centred else second
+
+
+def calibrate(
+    model: nn.Module, pairs: PairList, batches: Iterable[Mapping[str, Any]], *, rotate: bool, fill: bool
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Bases and fills of all pairs that admit one, from forward passes over ``batches``.
+
+    Returns:
+        (basis, fill): pair name -> (G, D, D) and pair name -> (G, D), in the rotated basis where
+        there is one (see ``Selection``).
+    """
+    moments: dict[str, Moments] = {}
+    with torch.no_grad(), _gathered(model, pairs, moments) as start:
+        for batch in batches:
+            start(batch)
+            model(**batch)
+
+    bases: dict[str, Floats] = {}
+    fills: dict[str, Floats] = {}
+    for pair in pairs:
+        rotation = None
+        if rotate and rotatable(pair):
+            rotation = _balance(model, pair, moments)
+            bases[pair.name] = rotation.cpu().float().numpy()
+        if fill and fillable(pair):
+            mean = moments[pair.mask_slot.module].mean
+            if rotation is not None:
+                mean = (rotation @ mean.unsqueeze(-1)).squeeze(-1)
+            fills[pair.name] = mean.cpu().float().numpy()
+    return bases, fills
+
+
+def _balance(model: nn.Module, pair: Pair, moments: Mapping[str, Moments]) -> Tensor:
+    """(G, D, D), the map A of the masked side (key or value)."""
+    ours = moments[pair.mask_slot.module].moment(centred=True)
+    if pair.kind == "qk":
+        theirs = moments[pair.slots[0].module].moment(centred=False)  # (G R, D, D)
+    else:
+        weight = model.get_submodule(pair.consumer.module).weight.detach().double()  # type: ignore[union-attr,operator]
+        heads = weight.unflatten(1, (-1, pair.width)).permute(1, 2, 0)  # (G R, D, d)
+        theirs = heads @ heads.mT
+    theirs = theirs.unflatten(0, (pair.groups, -1)).sum(1)
+    left, right = _factor(ours), _factor(theirs)
+    u, s, _ = torch.linalg.svd(left.mT @ right)
+    # ours = L L^T and A = S^1/2 U^T L^-1 give A ours A^T = S; the partner A^-T gives S as well.
+    return s.sqrt().unsqueeze(-1) * torch.linalg.solve_triangular(left.mT, u, upper=True).mT
+
+
+def _factor(moment: Tensor) -> Tensor:
+    """Cholesky factor, with a ridge."""
+    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.linalg.cholesky(moment + RIDGE * scale[:, None, None] * eye)
+
+
+@contextmanager
+def _gathered(model: nn.Module, pairs: PairList, moments: dict[str, Moments]) -> Iterator[Any]:
+    """Hooks that gather moments at every inner activation; yields a function to announce a batch."""
+    mask: list[Tensor | None] = [None]
+
+    def start(batch: Mapping[str, Any]) -> None:
+        mask[0] = batch.get("attention_mask")
+
+    def gather(pair: Pair, slot: Slot) -> Any:
+        store = moments.setdefault(slot.module, Moments())
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+            y = args[0] if output is None else output
+            real = mask[0] if mask[0] is not None and mask[0].shape == y.shape[:-1] else None
+            y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
+            store.add(y, pair.groups * slot.repeat, outer=rotatable(pair))
+
+        return hook
+
+    handles = []
+    try:
+        for pair in pairs:
+            for slot in dict.fromkeys((pair.mask_slot, *(s for s in pair.slots if pair.kind == "qk"))):
+                module = model.get_submodule(slot.module)
+                if slot.side == "out":
+                    handles.append(module.register_forward_hook(gather(pair, slot)))
+                else:
+                    handles.append(module.register_forward_pre_hook(gather(pair, slot)))
+        yield start
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,168 @@
+"""The three dynamics as the search loop drives them.
+
+A driver keeps all that changes, and all that was measured, in ``state``, tensors by name, so that
+a checkpoint is complete. The equations are in ``pathprune.inclusion``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pathprune import inclusion
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+State = dict[str, Tensor]
+
+
+class Visit(Protocol):
+    """What a driver may ask of the search: the family that a ranking gives."""
+
+    def __call__(self, ranking: Tensor, level: float) -> tuple[Tensor, float]:
+        """(N,) hard mask of the selection that keeps ``level``, and the ranking's value at its edge."""
+
+
+class Sampled:
+    """Each step visits one random size of the family, exactly as it would ship."""
+
+    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+        self.config, self.state, self.visit = config, state, visit
+
+    @staticmethod
+    def begin(config: Any, probes: Tensor, params: Tensor) -> State:
+        """Rank by curvature per parameter."""
+        return _unpack(inclusion.sampled_init(probes.square().mean(0) / params))
+
+    def level(self, step: int) -> float:
+        """A low-discrepancy sequence on [lowest_level, 1]."""
+        low: float = self.config.lowest_level
+        return low + (1 - low) * ((0.5 + GOLDEN * step) % 1)
+
+    def mask(self, step: int) -> tuple[Tensor, float]:
+        level = self.level(step)
+        mask, self.lam = self.visit(self.state["dual"], level)
+        return mask, level
+
+    def learn(self, step: int, grad: Tensor) -> None:
+        adam = inclusion.Adam(self.state["first"], self.state["second"], step)
+        cool = 0.5 * (1 + math.cos(math.pi * step / self.config.path_steps))
+        state = inclusion.sampled_step(
+            inclusion.SampledState(self.state["dual"], adam),
+            grad,
+            lam=self.lam,
+            temperature=self.config.temperature,
+            weight=1 / (1.05 - self.level(step)),
+            lr=self.config.lr * cool,
+        )
+        self.state = _unpack(state)
+
+    def gamma(self) -> Tensor:
+        """Where half of the units are in the support: comparable over steps, unlike the level just visited."""
+        return (self.state["dual"] - self.state["dual"].median()).clamp_min(0)
+
+    def ranking(self) -> Tensor:
+        return self.state["dual"]
+
+
+class Lbi:
+    """The paper's text, with nu and the steps taken from curvature.
+
+    Without labels the loss is flat at M = 1, so the coupling alone must not tear the network
+    apart: 1/nu is the lower quartile of the curvature, which leaves three quarters of the masks
+    nearer to 1 than to 0 while gamma is zero. A diagonal metric, kappa = 1 / (curvature + 1/nu),
+    lets flat and steep units move in the same number of steps.
+    """
+
+    SAFETY = 0.5  # of the step bound
+    FIRST_ENTRY = 0.2  # of the steps, for a unit whose mask stays at 1
+
+    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+        self.state = state
+
+    @classmethod
+    def begin(cls, config: Any, probes: Tensor, params: Tensor) -> State:
+        curvature = probes.square().mean(0)
+        curvature = curvature.clamp_min(1e-3 * float(curvature.mean()) + 1e-30)
+        pull = float(curvature.quantile(0.25))  # 1/nu
+        kappa = 1 / (curvature + pull)  # (N,)
+        scaled = probes * kappa.sqrt() / math.sqrt(len(probes))  # (samples, N)
+        steepest = float(torch.linalg.eigvalsh(scaled @ scaled.mT)[-1]) + float((kappa * pull).max())
+        alpha = cls.SAFETY * 2 / steepest
+        lam = cls.FIRST_ENTRY * config.path_steps * alpha * pull
+        start = inclusion.lbi_init(len(curvature))._asdict()
+        constants = torch.tensor([1 / pull, alpha, lam], dtype=torch.float64)
+        return {**start, "time": torch.zeros(len(curvature)), "kappa": kappa, "constants": constants}
+
+    def mask(self, step: int) -> tuple[Tensor, float]:
+        return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
+
+    def learn(self, step: int, grad: Tensor) -> None:
+        before = inclusion.BregmanState(self.state["mask"], self.state["gamma"], self.state["dual"])
+        nu, alpha, lam = self.state["constants"].tolist()
+        state = inclusion.lbi_step(before, grad, nu=nu, kappa=self.state["kappa"], alpha=alpha, lam=lam)
+        self.state = {**self.state, **state._asdict(), "time": self.state["time"] + (state.gamma != 0)}
+
+    def gamma(self) -> Tensor:
+        return self.state["gamma"]
+
+    def ranking(self) -> Tensor:
+        return _by_entry(self.state["time"], self.state["dual"])
+
+
+class Released:
+    """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart."""
+
+    ENTRY = 0.5  # of the steps, for a unit whose mask stays at 1
+
+    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+        self.lr = inclusion.SPP_THRESHOLD / (self.ENTRY * config.path_steps)
+        self.state, self.mlp = state, mlp
+
+    @staticmethod
+    def begin(config: Any, probes: Tensor, params: Tensor) -> State:
+        size = probes.shape[1]
+        return {**_unpack(inclusion.released_init(size)), "time": torch.zeros(size)}
+
+    def mask(self, step: int) -> tuple[Tensor, float]:
+        return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
+
+    def learn(self, step: int, grad: Tensor) -> None:
+        s = self.state
+        adam = inclusion.Adam(s["first"], s["second"], step)
+        state = inclusion.released_step(
+            inclusion.ReleasedState(s["mask"], s["gamma"], s["dual"], adam), grad, lr=self.lr
+        )
+        self.state = {**_unpack(state), "time": s["time"] + (state.gamma != 0)}
+
+    def gamma(self) -> Tensor:
+        return self.state["gamma"]
+
+    def ranking(self) -> Tensor:
+        ranking = torch.empty_like(self.state["time"])
+        for part in (self.mlp, ~self.mlp):
+            ranking[part] = _by_entry(self.state["time"][part], self.state["dual"][part])
+        return ranking
+
+
+def _unpack(state: inclusion.SampledState | inclusion.ReleasedState) -> State:
+    """Name the tensors of a state; the update count is the step itself."""
+    tensors = {**state._asdict(), **state.adam._asdict()}
+    return {name: tensors[name] for name in tensors if name not in ("adam", "count")}
+
+
+def _by_entry(time: Tensor, dual: Tensor) -> Tensor:
+    """Ranks in [0, 1] by time in the support, ties broken by the dual."""
+    by_dual = dual.argsort(stable=True)
+    by_both = by_dual[time[by_dual].argsort(stable=True)]
+    ranks = torch.empty_like(time)
+    ranks[by_both] = torch.linspace(0, 1, len(time)) if len(time) > 1 else torch.ones(len(time))
+    return ranks
+
+
+DYNAMICS = {"sampled": Sampled, "lbi": Lbi, "spp-released": Released}
+Driver = Sampled | Lbi | Released

@@ -1,0 +1,176 @@
+"""The dynamics: differential inclusions on masks, discretised. Pure functions on flat tensors.
+
+Source: Ding et al., "Adaptive Pruning of Pretrained Transformer via Differential Inclusions"
+(SPP, ICLR 2025, arXiv 2501.03289), after Fu et al., "DessiLBI" (ICML 2020). Notation:
+
+    M      mask, (N,)        one number a unit, all units of the model in one vector
+    gamma  (N,)              augmented copy of M, sparse; its support is an architecture
+    V      dual, (N,)        subgradient of Omega at gamma
+    L      the loss at M, with the pretrained weights frozen
+    nu     coupling of M and gamma; kappa damping; lam threshold; alpha step
+
+Every function takes a state and returns a new one; nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ADAM_BETAS = (0.9, 0.99)
+ADAM_EPS = 1e-8
+SPP_THRESHOLD = 3.0  # hard-coded in the published code
+
+
+class BregmanState(NamedTuple):
+    """State of the coupled iteration; all (N,)."""
+
+    mask: Tensor
+    gamma: Tensor
+    dual: Tensor
+
+
+def lbi_init(size: int) -> BregmanState:
+    """M = 1, gamma = V = 0 (SPP, algorithm 1)."""
+    return BregmanState(torch.ones(size), torch.zeros(size), torch.zeros(size))
+
+
+def shrink(dual: Tensor, lam: float) -> Tensor:
+    """Soft threshold, sign(V) max(|V| - lam, 0)."""
+    return dual.sign() * (dual.abs() - lam).clamp_min(0)
+
+
+def lbi_step(
+    state: BregmanState, grad: Tensor, *, nu: float, kappa: float | Tensor, alpha: float, lam: float
+) -> BregmanState:
+    """One linearized Bregman iteration (SPP, equations 5 and 6).
+
+        M'     = M - kappa alpha [grad L(M) + (M - gamma) / nu]
+        V'     = V + alpha (M - gamma) / nu
+        gamma' = kappa sign(V') max(|V'| - lam, 0)
+
+    It converges for alpha < ``lbi_step_bound``.
+
+    Args:
+        state: at step k.
+        grad: (N,), gradient of L at ``state.mask``.
+        kappa: a number, or (N,) for a step scaled by unit (a diagonal metric).
+    """
+    pull = (state.mask - state.gamma) / nu
+    mask = state.mask - kappa * alpha * (grad + pull)
+    dual = state.dual + alpha * pull
+    return BregmanState(mask, kappa * shrink(dual, lam), dual)
+
+
+def lbi_step_bound(lipschitz: float, *, nu: float, kappa: float) -> float:
+    """Largest stable alpha, 2 / (kappa (Lip + 1 / nu)), for a gradient of L with constant ``lipschitz`` (SPP, theorem 1)."""
+    return 2 / (kappa * (lipschitz + 1 / nu))
+
+
+def lyapunov(state: BregmanState, before: BregmanState, loss: float, *, nu: float, kappa: float, alpha: float, lam: float) -> float:
+    """Lyapunov function of the iteration, which decreases below the step bound.
+
+        F = alpha [L(M) + |M - gamma|^2 / (2 nu)] + B(gamma, gamma_before)
+
+    with the Bregman distance of Omega(g) = lam |g|_1 + |g|^2 / (2 kappa) at the dual of ``before``,
+    and the mask's half of it (DessiLBI, section 4)
+
+        B = Omega(gamma) - Omega(gamma_before) - <V_before, gamma - gamma_before>
+            + |M - M_before|^2 / (2 kappa)
+    """
+
+    def omega(gamma: Tensor) -> float:
+        return float(lam * gamma.abs().sum() + gamma.square().sum() / (2 * kappa))
+
+    coupled = loss + float((state.mask - state.gamma).square().sum()) / (2 * nu)
+    distance = omega(state.gamma) - omega(before.gamma) - float(before.dual @ (state.gamma - before.gamma))
+    return alpha * coupled + distance + float((state.mask - before.mask).square().sum()) / (2 * kappa)
+
+
+class Adam(NamedTuple):
+    """First and second moments, (N,), and the number of updates."""
+
+    first: Tensor
+    second: Tensor
+    count: int
+
+
+def adam_init(size: int) -> Adam:
+    return Adam(torch.zeros(size), torch.zeros(size), 0)
+
+
+def adam_direction(adam: Adam, grad: Tensor) -> tuple[Tensor, Adam]:
+    """Bias-corrected direction first / (sqrt(second) + eps) (Kingma and Ba, algorithm 1), and the new moments."""
+    b1, b2 = ADAM_BETAS
+    first = b1 * adam.first + (1 - b1) * grad
+    second = b2 * adam.second + (1 - b2) * grad.square()
+    count = adam.count + 1
+    direction = (first / (1 - b1**count)) / ((second / (1 - b2**count)).sqrt() + ADAM_EPS)
+    return direction, Adam(first, second, count)
+
+
+class ReleasedState(NamedTuple):
+    """State of the iteration in the published code; all (N,)."""
+
+    mask: Tensor
+    gamma: Tensor
+    dual: Tensor
+    adam: Adam
+
+
+def released_init(size: int) -> ReleasedState:
+    return ReleasedState(torch.ones(size), torch.zeros(size), torch.zeros(size), adam_init(size))
+
+
+def released_step(state: ReleasedState, grad: Tensor, *, lr: float, weight_decay: float = 0.01) -> ReleasedState:
+    """One step as in the published code, which departs from the paper's text:
+
+        M'     = (1 - lr decay) M - lr Adam(grad L(M))     no coupling term
+        V'     = V + lr (M' - gamma)
+        gamma' = max(V' - 3, 0)
+    """
+    direction, adam = adam_direction(state.adam, grad)
+    mask = (1 - lr * weight_decay) * state.mask - lr * direction
+    dual = state.dual + lr * (mask - state.gamma)
+    return ReleasedState(mask, (dual - SPP_THRESHOLD).clamp_min(0), dual, adam)
+
+
+class SampledState(NamedTuple):
+    """State of the sampled path: the dual is the ranking; (N,)."""
+
+    dual: Tensor
+    adam: Adam
+
+
+def sampled_init(curvature: Tensor) -> SampledState:
+    """Start from the ranks of a curvature diagonal, scaled to [0, 1]."""
+    ranks = torch.empty_like(curvature, dtype=torch.float32)
+    ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, len(curvature))
+    return SampledState(ranks, adam_init(len(ranks)))
+
+
+def sampled_gate(dual: Tensor, lam: float, temperature: float) -> Tensor:
+    """Derivative of sigmoid((V - lam) / T): what a mask's gradient counts for at each unit, (N,).
+
+    The forward pass runs on the hard mask; this is the straight-through surrogate's slope.
+    """
+    gate = torch.sigmoid((dual - lam) / temperature)
+    return gate * (1 - gate) / temperature
+
+
+def sampled_step(
+    state: SampledState, grad: Tensor, *, lam: float, temperature: float, weight: float, lr: float
+) -> SampledState:
+    """One mirror-descent step on the whole path, seen at one of its points.
+
+        V' = V - lr Adam(weight grad L(M) sigmoid'((V - lam) / T))
+
+    Args:
+        grad: (N,), gradient of L at the hard mask of the level that was visited.
+        lam: the dual's threshold at that level.
+        weight: of the level; small models lose more, and count for less.
+    """
+    direction, adam = adam_direction(state.adam, weight * grad * sampled_gate(state.dual, lam, temperature))
+    return SampledState(state.dual - lr * direction, adam)

@@ -1,0 +1,340 @@
+"""The search: one run over the data that ranks every unit of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pathprune.artifact import read_artifact, remove_artifact, write_artifact
+from pathprune.basis import calibrate
+from pathprune.budget import Budget
+from pathprune.data import Batches, check_finite
+from pathprune.discovery import evaluating, find_pairs
+from pathprune.dynamics import DYNAMICS, Driver
+from pathprune.errors import ArtifactError, DataError, MismatchError
+from pathprune.masks import attach_masks
+from pathprune.objectives import Objective, Targets, get_objective
+from pathprune.order import UNITS, Unit
+from pathprune.pairs import PairList
+from pathprune.path import SolutionPath, Trajectory, library_versions
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_EVERY = 50  # steps
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a search is set up; validated when built.
+
+    Args:
+        objective: name of the objective, or of a user's own class.
+        dynamics: ``"sampled"``, ``"lbi"`` or ``"spp-released"`` (``pathprune.dynamics``).
+        steps: forward-backward passes in all; one in 25 measures curvature before the first update.
+        seed: of everything random.
+        unit, multiple: see ``SolutionPath``.
+        basis: rotate heads into balanced bases first (``pathprune.basis``).
+        fill: put the mean in a removed dimension's place.
+        lr: of the sampled path's dual at the start; it falls to zero along a cosine.
+        temperature: of the sampled path's surrogate gate.
+        lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
+
+    Raises:
+        DataError: a value is out of range.
+    """
+
+    objective: str = "embedding"
+    dynamics: Literal["sampled", "lbi", "spp-released"] = "sampled"
+    steps: int = 400
+    seed: int = 0
+    unit: Unit = "mixed"
+    multiple: int = 8
+    basis: bool = True
+    fill: bool = True
+    lr: float = 0.005
+    temperature: float = 0.05
+    lowest_level: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.dynamics not in DYNAMICS:
+            raise DataError(f"dynamics={self.dynamics!r} is not one of {', '.join(DYNAMICS)}")
+        if self.unit not in UNITS:
+            raise DataError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
+        if self.steps < 2:
+            raise DataError(f"steps={self.steps} must be at least 2: one for curvature, one for the path")
+        if self.multiple < 1:
+            raise DataError(f"multiple={self.multiple} must be at least 1")
+        if not 0 < self.lowest_level < 1:
+            raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
+        if self.lr <= 0 or self.temperature <= 0:
+            raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
+
+    @property
+    def curvature_steps(self) -> int:
+        return max(1, self.steps // 25)
+
+    @property
+    def path_steps(self) -> int:
+        return self.steps - self.curvature_steps
+
+
+def search(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Tensor]],
+    *,
+    objective: str | Objective = "embedding",
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    **settings: Any,
+) -> SolutionPath:
+    """Rank every unit of ``model`` in one run over unlabelled data.
+
+    The weights stay frozen, and the model is as it was when the search returns or fails. With
+    ``out``, the search leaves a checkpoint there every 50 steps and on Ctrl-C, from which
+    ``resume=True`` goes on, and in the end the path.
+
+    Args:
+        model: dense, on the device to search on.
+        data: re-iterable of model-input dicts, each one batch; started over when it ends.
+        objective: ``"embedding"``, or an object with the methods of ``Objective``.
+        out: folder for the path and checkpoints.
+        resume: go on from the checkpoint in ``out``; model and settings must be the same. A
+            search that had finished is loaded.
+        progress: show a bar; by default only on a terminal.
+        **settings: ``dynamics=``, ``steps=``, ``seed=``, ``unit=`` and the other fields of
+            ``SearchConfig``.
+
+    Raises:
+        UnsupportedModelError: no pair could be proved.
+        DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
+        MismatchError: ``resume`` with another model or other settings.
+        ArtifactError: ``out`` cannot be written, or holds nothing to resume.
+    """
+    name = objective if isinstance(objective, str) else type(objective).__qualname__
+    known = {field.name for field in fields(SearchConfig)}
+    if unknown := sorted(set(settings) - known):
+        raise DataError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
+    config = SearchConfig(objective=name, **settings)
+    if resume and out is None:
+        raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
+    goal = get_objective(objective)
+    batches = Batches(model, data)
+    pairs = find_pairs(model)
+    if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
+        path = SolutionPath.load(out)
+        _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
+        return path
+    with _frozen(model), evaluating(model):
+        run = _Run(model, pairs, batches, goal, config, None if out is None else Path(out), progress)
+        if resume:
+            run.restore()
+        else:
+            run.start()
+        return run.finish()
+
+
+class _Run:
+    """One search from start, or from its checkpoint, to the path."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: PairList,
+        batches: Batches,
+        objective: Objective,
+        config: SearchConfig,
+        out: Path | None,
+        progress: bool | None,
+    ) -> None:
+        self.model, self.pairs, self.batches, self.objective = model, pairs, batches, objective
+        self.config, self.out = config, out
+        self.hidden = None if progress is None else not progress  # tqdm: None shows the bar on a terminal only
+        self.sizes = [pair.groups * pair.units for pair in pairs]
+        self.noise = torch.Generator().manual_seed(config.seed)
+        self.targets = Targets(model, objective)
+        self.masks: dict[str, Tensor] = {}
+        self.done = 0
+        self.loss: list[float] = []
+        self.level: list[float] = []
+        self.gamma_l1: list[list[float]] = []
+
+    # One vector holds all units; these two go between it and the pairs.
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split(self.sizes, dim=-1)
+        return {pair.name: part.unflatten(-1, pair.shape) for pair, part in zip(self.pairs, parts, strict=True)}
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([parts[pair.name].flatten(-2) for pair in self.pairs], dim=-1)
+
+    def start(self) -> None:
+        """Measure bases, fills and curvature, and begin."""
+        if self.out is not None:
+            write_artifact(self.out, "checkpoint", {"format": CHECKPOINT_FORMAT, "step": None}, {})
+        first = self.batches.take(self.config.curvature_steps)
+        self.basis, self.fill = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
+        kind = DYNAMICS[self.config.dynamics]
+        params = self._by_unit([pair.unit_params for pair in self.pairs])
+        self.driver = self._driver(kind.begin(self.config, self._probe(first), params))
+
+    def _driver(self, state: dict[str, Tensor]) -> Driver:
+        mlp = self._by_unit([pair.kind == "mlp" for pair in self.pairs])
+        return DYNAMICS[self.config.dynamics](self.config, state, mlp, self.visit)
+
+    def _by_unit(self, by_pair: list[Any]) -> Tensor:
+        return torch.tensor(by_pair).repeat_interleave(torch.tensor(self.sizes))
+
+    def _probe(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        """(samples, N), each sample's gradient of a random probe: their mean square is the
+        Gauss-Newton diagonal."""
+        rows: list[Tensor] = []
+        with attach_masks(self.model, self.pairs, self.masks, self.fill, self.basis):
+            for batch in tqdm(batches, desc="curvature", unit="step", disable=self.hidden, leave=False):
+                samples = next(iter(batch.values())).shape[0]
+                ones = torch.ones(samples, sum(self.sizes), device=self.batches.device, requires_grad=True)
+                self.masks.update(self.split(ones))
+                value = self.objective.probe(self.model(**batch), batch, self.noise)
+                check_finite(value, "while curvature was measured")
+                rows.append(torch.autograd.grad(value, ones)[0].float().cpu())
+        self.masks.clear()
+        return torch.cat(rows)
+
+    def visit(self, ranking: Tensor, level: float) -> tuple[Tensor, float]:
+        """Exactly what the path would ship at ``level``."""
+        path = self.path(ranking)
+        selection = path.select(Budget(keep=level))
+        mask = self.join({name: torch.from_numpy(keep) for name, keep in selection.keep.items()})
+        value = path.order.value
+        return mask.float(), float(value[min(selection.removals, len(value) - 1)])
+
+    def path(self, ranking: Tensor) -> SolutionPath:
+        return SolutionPath(
+            self.pairs,
+            {name: part.numpy() for name, part in self.split(ranking).items()},
+            unit=self.config.unit,
+            multiple=self.config.multiple,
+            seq_len=self.batches.seq_len,
+            fill=self.fill,
+            basis=self.basis,
+        )
+
+    def finish(self) -> SolutionPath:
+        """Run the steps that are left and return the path."""
+        config = self.config
+        bar = tqdm(total=config.path_steps, initial=self.done, desc="search", unit="step", disable=self.hidden)
+        stream = islice(iter(self.batches), config.curvature_steps + self.done, None)
+        try:
+            with bar, attach_masks(self.model, self.pairs, self.masks, self.fill, self.basis):
+                while self.done < config.path_steps:
+                    loss, level = self._step(next(stream))
+                    bar.set_postfix(loss=f"{loss:.4f}", keep=f"{level:.2f}", refresh=False)
+                    bar.update()
+                    if self.done % CHECKPOINT_EVERY == 0:
+                        self.checkpoint()
+        except KeyboardInterrupt:
+            self.checkpoint()
+            raise
+        path = self.path(self.driver.ranking())
+        versions = library_versions()
+        path = SolutionPath(
+            **{field.name: getattr(path, field.name) for field in fields(path)}
+            | {"trajectory": self._trajectory(), "config": asdict(config), "versions": versions}
+        )
+        if self.out is not None:
+            path.save(self.out)
+            remove_artifact(self.out, "checkpoint")
+        return path
+
+    def _step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
+        mask, level = self.driver.mask(self.done)
+        leaf = mask.to(self.batches.device).requires_grad_()
+        self.masks.clear()
+        target = self.targets(batch)
+        self.masks.update(self.split(leaf))
+        loss = self.objective.loss(self.model(**batch), batch, target)
+        value = check_finite(loss, f"at step {self.done}, with {level:.0%} of the model kept")
+        grad = torch.autograd.grad(loss, leaf)[0].float().cpu()
+        self.driver.learn(self.done, grad)
+        self.loss.append(value)
+        self.level.append(level)
+        self.gamma_l1.append([float(part.sum()) for part in self.driver.gamma().abs().split(self.sizes)])
+        self.done += 1
+        return value, level
+
+    def _trajectory(self) -> Trajectory:
+        return Trajectory(
+            np.array(self.loss, dtype=np.float32),
+            np.array(self.level, dtype=np.float32),
+            np.array(self.gamma_l1, dtype=np.float32).reshape(len(self.loss), len(self.pairs)),
+        )
+
+    def checkpoint(self) -> None:
+        """Leave everything needed to go on."""
+        if self.out is None:
+            return
+        tensors = {f"state/{name}": tensor.numpy() for name, tensor in self.driver.state.items()}
+        tensors |= {f"basis/{name}": array for name, array in self.basis.items()}
+        tensors |= {f"fill/{name}": array for name, array in self.fill.items()}
+        tensors |= {f"trajectory/{name}": array for name, array in asdict(self._trajectory()).items()}
+        meta = {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.done,
+            "base": asdict(self.pairs.base),
+            "config": asdict(self.config),
+        }
+        write_artifact(self.out, "checkpoint", meta, tensors)
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint."""
+        assert self.out is not None
+        meta, tensors = read_artifact(self.out, "checkpoint", CHECKPOINT_FORMAT)
+        if meta.get("step") is None:  # it was stopped before the first update
+            self.start()
+            return
+        _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
+        parts: dict[str, dict[str, Any]] = {"state": {}, "basis": {}, "fill": {}, "trajectory": {}}
+        try:
+            for key, array in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = array
+            self.basis, self.fill = parts["basis"], parts["fill"]
+            self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
+            self.done = int(meta["step"])
+            self.loss, self.level, self.gamma_l1 = (
+                parts["trajectory"][name].tolist() for name in ("loss", "level", "gamma_l1")
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(f"the checkpoint in {self.out} is not valid: {error!r}. Search again") from error
+
+
+def _check_same(pairs: PairList, config: SearchConfig, base: Any, settings: Any, out: object) -> None:
+    if base != asdict(pairs.base):
+        raise MismatchError(f"the search in {out} is of another model; resume with the model that it was begun with")
+    mine = asdict(config)
+    theirs = settings if isinstance(settings, dict) else {}
+    if changed := [f"{key}={theirs.get(key)!r}, now {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]]:
+        raise MismatchError(
+            f"the search in {out} was begun with {'; '.join(changed)}. Resume with the same settings, or search anew"
+        )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for weights; the flags come back afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
