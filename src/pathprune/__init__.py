@@ -52,7 +52,7 @@ __all__ = sorted(_HOME)
 
 # Sliced models load by plain `from_pretrained` once transformers knows us. Importing it here would
 # cost seconds, so it is told when it is imported, or at once if it already is.
-wrapt.register_post_import_hook("pathprune.hub:register", "transformers.quantizers.auto")
+wrapt.register_post_import_hook(lambda module: import_module("pathprune.hub"), "transformers.quantizers.auto")
 
 
 def __getattr__(name: str) -> Any:

@@ -87,6 +87,23 @@ def remove_artifact(folder: str | os.PathLike[str], name: str) -> None:
         tensors.unlink(missing_ok=True)
 
 
+def write_text(file: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is unchanged.
+    """
+    file = Path(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _replace(file, text.encode())
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {file}: {error.strerror or error}; what was there is unchanged. "
+            "Free some space, or choose a folder that you may write to"
+        ) from error
+
+
 def _replace(target: Path, data: bytes) -> None:
     """Write beside ``target``, then rename over it."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

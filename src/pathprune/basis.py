@@ -39,7 +39,7 @@ class Moments:
     Attributes:
         count: tokens seen.
         first: (H, D), sum.
-        second: (H, D, D), sum of outer products; empty for an MLP.
+        second: sum of outer products, (H, D, D), or of squares, (H, D), where no basis is wanted.
     """
 
     count: int = 0
@@ -51,9 +51,8 @@ class Moments:
         y = y.detach().unflatten(-1, (heads, -1)).double()
         self.count += y.shape[0]
         self.first = self.first + y.sum(0)
-        if outer:
-            y = y.transpose(0, 1)  # (H, tokens, D)
-            self.second = self.second + y.mT @ y
+        heads_first = y.transpose(0, 1)  # (H, tokens, D)
+        self.second = self.second + (heads_first.mT @ heads_first if outer else y.square().sum(0))
 
     @property
     def mean(self) -> Tensor:
@@ -65,34 +64,48 @@ class Moments:
         return second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2) if centred else second
 
 
+@dataclass
+class Calibration:
+    """What forward passes over unlabelled data say about every pair.
+
+    Attributes:
+        basis: pair name -> (G, D, D), where the pair may be rotated.
+        mean, std: pair name -> (G, D), of the inner activation in that basis, where a constant
+            may take its place.
+    """
+
+    basis: dict[str, Floats] = field(default_factory=dict)
+    mean: dict[str, Floats] = field(default_factory=dict)
+    std: dict[str, Floats] = field(default_factory=dict)
+
+
 def calibrate(
     model: nn.Module, pairs: PairList, batches: Iterable[Mapping[str, Any]], *, rotate: bool, fill: bool
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Bases and fills of all pairs that admit one, from forward passes over ``batches``.
-
-    Returns:
-        (basis, fill): pair name -> (G, D, D) and pair name -> (G, D), in the rotated basis where
-        there is one (see ``Selection``).
-    """
+) -> Calibration:
+    """Bases, and moments for the fill, from forward passes over ``batches``."""
     moments: dict[str, Moments] = {}
     with torch.no_grad(), _gathered(model, pairs, moments) as start:
         for batch in batches:
             start(batch)
             model(**batch)
 
-    bases: dict[str, Floats] = {}
-    fills: dict[str, Floats] = {}
+    found = Calibration()
     for pair in pairs:
+        inner = moments[pair.mask_slot.module]
         rotation = None
         if rotate and rotatable(pair):
             rotation = _balance(model, pair, moments)
-            bases[pair.name] = rotation.cpu().float().numpy()
+            found.basis[pair.name] = rotation.cpu().float().numpy()
         if fill and fillable(pair):
-            mean = moments[pair.mask_slot.module].mean
+            mean, second = inner.mean, inner.second / inner.count
             if rotation is not None:
                 mean = (rotation @ mean.unsqueeze(-1)).squeeze(-1)
-            fills[pair.name] = mean.cpu().float().numpy()
-    return bases, fills
+                second = rotation @ second @ rotation.mT
+            if second.dim() == 3:
+                second = second.diagonal(dim1=-2, dim2=-1)
+            found.mean[pair.name] = mean.cpu().float().numpy()
+            found.std[pair.name] = (second - mean.square()).clamp_min(0).sqrt().cpu().float().numpy()
+    return found
 
 
 def _balance(model: nn.Module, pair: Pair, moments: Mapping[str, Moments]) -> Tensor:
@@ -101,7 +114,8 @@ def _balance(model: nn.Module, pair: Pair, moments: Mapping[str, Moments]) -> Te
     if pair.kind == "qk":
         theirs = moments[pair.slots[0].module].moment(centred=False)  # (G R, D, D)
     else:
-        weight = model.get_submodule(pair.consumer.module).weight.detach().double()  # type: ignore[union-attr,operator]
+        weight: Any = model.get_submodule(pair.consumer.module).weight
+        weight = weight.detach().double()
         heads = weight.unflatten(1, (-1, pair.width)).permute(1, 2, 0)  # (G R, D, d)
         theirs = heads @ heads.mT
     theirs = theirs.unflatten(0, (pair.groups, -1)).sum(1)

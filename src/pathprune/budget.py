@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Budget:
     def value(self) -> float | int:
         value = getattr(self, self.kind)
         assert value is not None
-        return value  # type: ignore[no-any-return]
+        return value
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value}"
@@ -172,9 +173,10 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
     if absolute and limit > dense:
         raise BudgetError(f"{budget} is more than the dense model's {dense:,}; ask for at most that")
     if limit < sizes[-1]:
+        least = int(sizes[-1]) if absolute else math.ceil(sizes[-1] / dense * 1e4) / 1e4
         raise BudgetError(
             f"{budget} allows {limit:,.0f}, but the path's smallest model, with every pair removed, has "
-            f"{sizes[-1]:,} of {dense:,}; ask for {budget.kind}={sizes[-1] if absolute else round(sizes[-1] / dense + 5e-5, 4)} or more"
+            f"{sizes[-1]:,} of {dense:,}; ask for {budget.kind}={least} or more"
         )
     removals = int(np.argmax(sizes <= limit))
     return Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)

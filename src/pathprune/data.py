@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pathprune.errors import DataError
+
+Batch = dict[str, Tensor]
 
 
 class Batches:
@@ -62,12 +66,17 @@ class Batches:
         """Batches without end."""
         while True:
             empty = True
-            for batch in self.data:
+            for batch in self.once():
                 empty = False
-                self._check(batch)
-                yield {key: value.to(self.device) for key, value in batch.items()}
+                yield batch
             if empty:
                 raise DataError("data was empty when it was read again; pass a list or a DataLoader")
+
+    def once(self) -> Iterator[dict[str, Tensor]]:
+        """Every batch of the data, one time."""
+        for batch in self.data:
+            self._check(batch)
+            yield {key: value.to(self.device) for key, value in batch.items()}
 
     def take(self, count: int) -> list[dict[str, Tensor]]:
         """The first ``count`` batches, starting over if there are fewer."""
@@ -87,3 +96,46 @@ def check_finite(loss: Tensor, where: str) -> float:
             "or load the model in float32 or bfloat16"
         )
     return value
+
+
+def read_texts(file: str | Path, field: str = "text") -> list[str]:
+    """Texts of a file: one a line, or one JSON object a line (``.jsonl``) with the text in ``field``.
+
+    Raises:
+        DataError: the file cannot be read, holds no text, or lacks the field.
+    """
+    path = Path(file)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [str(json.loads(line)[field]) for line in lines] if path.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not text: {error!r}. It needs one text a line in UTF-8, "
+            f"or a .jsonl with {field!r} in each object"
+        ) from error
+    if not texts:
+        raise DataError(f"{path} is empty; it needs one text a line")
+    return texts
+
+
+def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128) -> list[Batch]:
+    """Batches of model inputs, each padded to its longest text.
+
+    Args:
+        tokenizer: of ``transformers``.
+        max_length: in tokens; longer texts are cut.
+    """
+    return [
+        dict(
+            tokenizer(
+                list(texts[start : start + batch_size]),
+                truncation=True,
+                max_length=max_length,
+                padding=True,
+                return_tensors="pt",
+            )
+        )
+        for start in range(0, len(texts), batch_size)
+    ]

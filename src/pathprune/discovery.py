@@ -40,8 +40,20 @@ TOLERANCE = 1e-9
 
 # Configuration entries that say how a model was loaded or saved, not what it computes.
 VOLATILE = frozenset(
-    "_name_or_path transformers_version architectures dtype torch_dtype attn_implementation _attn_implementation "
-    "output_attentions output_hidden_states return_dict use_cache quantization_config".split()
+    [
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation",
+        "attn_implementation",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "use_cache",
+        "quantization_config",
+    ]
 )
 
 
@@ -96,7 +108,8 @@ def find_pairs(model: nn.Module) -> PairList:
 
 def identify(model: nn.Module, macs_per_token: int) -> BaseModel:
     """Hash a model's configuration, and a sample of its weights (rounded to bfloat16, so that it
-    does not depend on the precision they were loaded in)."""
+    does not depend on the precision they were loaded in).
+    """
     config = getattr(model, "config", None)
     facts = config.to_diff_dict() if config is not None else {}
     facts = {key: value for key, value in facts.items() if key not in VOLATILE}
@@ -219,7 +232,7 @@ def _mlp(model: nn.Module, name: str, maps: list[str | None]) -> tuple[str, list
     *ins, out = (_linear(model, m) for m in names)
     if any(linear.out_features != out.in_features for linear in ins):
         return block, f"widths do not meet: up {[m.out_features for m in ins]}, down {out.in_features}"
-    slots = [Slot(m, "out", l.in_features, 1, l.bias is not None) for m, l in zip(names, ins, strict=False)]
+    slots = [Slot(m, "out", up.in_features, 1, up.bias is not None) for m, up in zip(names, ins, strict=False)]
     slots.append(Slot(names[-1], "in", out.out_features, 1, out.bias is not None))
     label = block if block.endswith("mlp") else f"{block}.mlp"
     return block, [Pair(label, "mlp", block, 1, out.in_features, tuple(slots))]
@@ -368,15 +381,16 @@ def _disprove(scope: nn.Module, members: list[Pair], args: tuple[Any, ...], kwar
         try:
             with torch.no_grad():
                 before = dense(*args, **kwargs)
-                with attach_masks(dense, members, masks, fill, basis):
+                constants = {name: torch.from_numpy(array) for name, array in fill.items()}
+                with attach_masks(dense, members, masks, constants, basis):
                     expected = dense(*args, **kwargs)
                 sliced, _ = slice_modules(dense, selection)
                 got = sliced(*args, **kwargs)
         except Exception as error:
             return f"sliced, it does not run: {type(error).__name__}: {error}"
-        error, effect = _distance(expected, got), _distance(before, expected)
-        if not error <= TOLERANCE:
-            return f"sliced and masked outputs differ by {error:.1e} (relative; at most {TOLERANCE:.0e})"
+        gap, effect = _distance(expected, got), _distance(before, expected)
+        if not gap <= TOLERANCE:
+            return f"sliced and masked outputs differ by {gap:.1e} (relative; at most {TOLERANCE:.0e})"
         if not effect > TOLERANCE:
             return "masking its units does not change its output"
     return None
@@ -392,7 +406,8 @@ def fillable(pair: Pair) -> bool:
 
 def rotatable(pair: Pair) -> bool:
     """Whether a head may be rotated without changing the function: nothing but the product
-    stands between the two maps."""
+    stands between the two maps.
+    """
     return pair.kind != "mlp" and not pair.rotary
 
 

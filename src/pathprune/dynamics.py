@@ -1,7 +1,8 @@
 """The three dynamics as the search loop drives them.
 
-A driver keeps all that changes, and all that was measured, in ``state``, tensors by name, so that
-a checkpoint is complete. The equations are in ``pathprune.inclusion``.
+A driver says which mask to visit, learns from the loss's gradients with respect to masks and
+fills, and in the end ranks the units. It keeps all that changes, and all that was measured, in
+``state``, tensors by name, so that a checkpoint is complete. The equations are in ``pathprune.inclusion``.
 """
 
 from __future__ import annotations
@@ -48,16 +49,22 @@ class Sampled:
         mask, self.lam = self.visit(self.state["dual"], level)
         return mask, level
 
-    def learn(self, step: int, grad: Tensor) -> None:
-        adam = inclusion.Adam(self.state["first"], self.state["second"], step)
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
         cool = 0.5 * (1 + math.cos(math.pi * step / self.config.path_steps))
         state = inclusion.sampled_step(
-            inclusion.SampledState(self.state["dual"], adam),
-            grad,
+            inclusion.SampledState(
+                self.state["dual"],
+                self.state["fill"],
+                inclusion.Adam(self.state["dual_first"], self.state["dual_second"], step),
+                inclusion.Adam(self.state["fill_first"], self.state["fill_second"], step),
+            ),
+            mask_grad,
+            fill_grad,
             lam=self.lam,
             temperature=self.config.temperature,
             weight=1 / (1.05 - self.level(step)),
             lr=self.config.lr * cool,
+            fill_lr=self.config.fill_lr * cool,
         )
         self.state = _unpack(state)
 
@@ -67,6 +74,9 @@ class Sampled:
 
     def ranking(self) -> Tensor:
         return self.state["dual"]
+
+    def fill(self) -> Tensor:
+        return self.state["fill"]
 
 
 class Lbi:
@@ -101,10 +111,10 @@ class Lbi:
     def mask(self, step: int) -> tuple[Tensor, float]:
         return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
 
-    def learn(self, step: int, grad: Tensor) -> None:
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
         before = inclusion.BregmanState(self.state["mask"], self.state["gamma"], self.state["dual"])
         nu, alpha, lam = self.state["constants"].tolist()
-        state = inclusion.lbi_step(before, grad, nu=nu, kappa=self.state["kappa"], alpha=alpha, lam=lam)
+        state = inclusion.lbi_step(before, mask_grad, nu=nu, kappa=self.state["kappa"], alpha=alpha, lam=lam)
         self.state = {**self.state, **state._asdict(), "time": self.state["time"] + (state.gamma != 0)}
 
     def gamma(self) -> Tensor:
@@ -112,6 +122,9 @@ class Lbi:
 
     def ranking(self) -> Tensor:
         return _by_entry(self.state["time"], self.state["dual"])
+
+    def fill(self) -> Tensor:
+        return torch.zeros_like(self.state["mask"])
 
 
 class Released:
@@ -131,11 +144,11 @@ class Released:
     def mask(self, step: int) -> tuple[Tensor, float]:
         return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
 
-    def learn(self, step: int, grad: Tensor) -> None:
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
         s = self.state
-        adam = inclusion.Adam(s["first"], s["second"], step)
+        adam = inclusion.Adam(s["adam_first"], s["adam_second"], step)
         state = inclusion.released_step(
-            inclusion.ReleasedState(s["mask"], s["gamma"], s["dual"], adam), grad, lr=self.lr
+            inclusion.ReleasedState(s["mask"], s["gamma"], s["dual"], adam), mask_grad, lr=self.lr
         )
         self.state = {**_unpack(state), "time": s["time"] + (state.gamma != 0)}
 
@@ -148,11 +161,20 @@ class Released:
             ranking[part] = _by_entry(self.state["time"][part], self.state["dual"][part])
         return ranking
 
+    def fill(self) -> Tensor:
+        return torch.zeros_like(self.state["mask"])
+
 
 def _unpack(state: inclusion.SampledState | inclusion.ReleasedState) -> State:
     """Name the tensors of a state; the update count is the step itself."""
-    tensors = {**state._asdict(), **state.adam._asdict()}
-    return {name: tensors[name] for name in tensors if name not in ("adam", "count")}
+    tensors: State = {}
+    for name, part in state._asdict().items():
+        if isinstance(part, inclusion.Adam):
+            prefix = name.removesuffix("_adam")
+            tensors |= {f"{prefix}_first": part.first, f"{prefix}_second": part.second}
+        else:
+            tensors[name] = part
+    return tensors
 
 
 def _by_entry(time: Tensor, dual: Tensor) -> Tensor:
@@ -164,5 +186,5 @@ def _by_entry(time: Tensor, dual: Tensor) -> Tensor:
     return ranks
 
 
-DYNAMICS = {"sampled": Sampled, "lbi": Lbi, "spp-released": Released}
 Driver = Sampled | Lbi | Released
+DYNAMICS: dict[str, type[Driver]] = {"sampled": Sampled, "lbi": Lbi, "spp-released": Released}

@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -49,7 +53,7 @@ class PathpruneConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.format = format
         self.record = _checked(record, format)
         self.selection = dict(selection or {})
@@ -60,7 +64,9 @@ class PathpruneConfig(QuantizationConfigMixin):
     ) -> PathpruneConfig | tuple[PathpruneConfig, dict[str, Any]]:
         known = {key: config_dict.get(key) for key in ("record", "selection", "format")}
         if unknown := set(config_dict) - set(known) - {"quant_method"}:
-            raise ArtifactError(f"unknown keys in the shape record: {sorted(unknown)}; it was written by a newer pathprune")
+            raise ArtifactError(
+                f"unknown keys in the shape record: {sorted(unknown)}; it was written by a newer pathprune"
+            )
         config = cls(**known)  # type: ignore[arg-type]
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -81,10 +87,12 @@ class PathpruneLoader(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    quantization_config: PathpruneConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         slicing.shape_modules(model, _below(model, self.quantization_config.record))
 
-    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         model.config.quantization_config = self.quantization_config
         model.is_quantized = False
         for flag in ("hf_quantizer", "quantization_method"):
@@ -99,17 +107,56 @@ class PathpruneLoader(HfQuantizer):
         return True
 
 
-def attach_record(model: nn.Module, record: Mapping[str, Any], selection: Selection) -> None:
+def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -> None:
     """Write a shape record into a sliced model's configuration."""
-    config: Any = model.config
-    config.quantization_config = PathpruneConfig(record, selection.to_dict())
+    model.config.quantization_config = PathpruneConfig(record, selection.to_dict())
 
 
-def register(module: Any = None) -> None:
-    """Tell ``transformers`` about sliced models."""
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(PathpruneConfig)
-        auto.register_quantizer(METHOD)(PathpruneLoader)
+def save_model(
+    model: Any, folder: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, card: str | None = None
+) -> None:
+    """``save_pretrained`` into a folder that is complete or not there at all.
+
+    Args:
+        source: folder of the dense model, whose tokenizer and other small files come along.
+        card: content of ``README.md``.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or holds something that is not a model.
+    """
+    folder = Path(folder)
+    if (folder.exists() and not folder.is_dir()) or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
+    ):
+        raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        if source is not None and Path(source).is_dir():
+            shutil.copytree(source, part, ignore=_weights, dirs_exist_ok=True)
+        model.save_pretrained(part)
+        if card is not None:
+            (part / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot write the model to {folder}: {error}; nothing was changed. "
+            "Free some space, or choose a folder that you may write to"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _weights(folder: str, names: list[str]) -> list[str]:
+    """Files of a model folder that belong to the dense model alone."""
+    endings = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".pt", ".gguf", ".index.json", "README.md")
+    return [name for name in names if name.endswith(endings) or name.startswith(".") or name in ("onnx", "openvino")]
 
 
 def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +204,14 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
             raise ArtifactError(f"the shape record of {name} is malformed: {shape!r}")
     for name, attributes in record["attributes"].items():
         if not set(attributes) <= allowed or not all(size(value) for value in attributes.values()):
-            raise ArtifactError(f"the shape record of {name} sets {attributes!r}; only sizes in {sorted(allowed)} may be set")
+            raise ArtifactError(
+                f"the shape record of {name} sets {attributes!r}; only sizes in {sorted(allowed)} may be set"
+            )
     for name, columns in record["rotary"].items():
         if not isinstance(columns, list) or not all(size(column) for column in columns):
             raise ArtifactError(f"the shape record of {name} has rotary columns that are not indices")
     return copy.deepcopy(dict(record))
+
+
+auto.register_quantization_config(METHOD)(PathpruneConfig)
+auto.register_quantizer(METHOD)(PathpruneLoader)

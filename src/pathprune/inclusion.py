@@ -65,11 +65,18 @@ def lbi_step(
 
 
 def lbi_step_bound(lipschitz: float, *, nu: float, kappa: float) -> float:
-    """Largest stable alpha, 2 / (kappa (Lip + 1 / nu)), for a gradient of L with constant ``lipschitz`` (SPP, theorem 1)."""
+    """Largest stable alpha, 2 / (kappa (Lip + 1 / nu)) (SPP, theorem 1).
+
+    Args:
+        lipschitz: constant of the gradient of L.
+        nu, kappa: as in ``lbi_step``.
+    """
     return 2 / (kappa * (lipschitz + 1 / nu))
 
 
-def lyapunov(state: BregmanState, before: BregmanState, loss: float, *, nu: float, kappa: float, alpha: float, lam: float) -> float:
+def lyapunov(
+    state: BregmanState, before: BregmanState, loss: float, *, nu: float, kappa: float, alpha: float, lam: float
+) -> float:
     """Lyapunov function of the iteration, which decreases below the step bound.
 
         F = alpha [L(M) + |M - gamma|^2 / (2 nu)] + B(gamma, gamma_before)
@@ -94,7 +101,7 @@ class Adam(NamedTuple):
 
     first: Tensor
     second: Tensor
-    count: int
+    updates: int
 
 
 def adam_init(size: int) -> Adam:
@@ -106,9 +113,9 @@ def adam_direction(adam: Adam, grad: Tensor) -> tuple[Tensor, Adam]:
     b1, b2 = ADAM_BETAS
     first = b1 * adam.first + (1 - b1) * grad
     second = b2 * adam.second + (1 - b2) * grad.square()
-    count = adam.count + 1
-    direction = (first / (1 - b1**count)) / ((second / (1 - b2**count)).sqrt() + ADAM_EPS)
-    return direction, Adam(first, second, count)
+    updates = adam.updates + 1
+    direction = (first / (1 - b1**updates)) / ((second / (1 - b2**updates)).sqrt() + ADAM_EPS)
+    return direction, Adam(first, second, updates)
 
 
 class ReleasedState(NamedTuple):
@@ -127,9 +134,9 @@ def released_init(size: int) -> ReleasedState:
 def released_step(state: ReleasedState, grad: Tensor, *, lr: float, weight_decay: float = 0.01) -> ReleasedState:
     """One step as in the published code, which departs from the paper's text:
 
-        M'     = (1 - lr decay) M - lr Adam(grad L(M))     no coupling term
-        V'     = V + lr (M' - gamma)
-        gamma' = max(V' - 3, 0)
+    M'     = (1 - lr decay) M - lr Adam(grad L(M))     no coupling term
+    V'     = V + lr (M' - gamma)
+    gamma' = max(V' - 3, 0)
     """
     direction, adam = adam_direction(state.adam, grad)
     mask = (1 - lr * weight_decay) * state.mask - lr * direction
@@ -138,17 +145,21 @@ def released_step(state: ReleasedState, grad: Tensor, *, lr: float, weight_decay
 
 
 class SampledState(NamedTuple):
-    """State of the sampled path: the dual is the ranking; (N,)."""
+    """State of the sampled path: the dual is the ranking; the fill is learned beside it, in
+    standard deviations from the mean; (N,).
+    """
 
     dual: Tensor
-    adam: Adam
+    fill: Tensor
+    dual_adam: Adam
+    fill_adam: Adam
 
 
 def sampled_init(curvature: Tensor) -> SampledState:
-    """Start from the ranks of a curvature diagonal, scaled to [0, 1]."""
+    """Start from the ranks of a curvature diagonal, scaled to [0, 1], and from the mean."""
     ranks = torch.empty_like(curvature, dtype=torch.float32)
     ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, len(curvature))
-    return SampledState(ranks, adam_init(len(ranks)))
+    return SampledState(ranks, torch.zeros_like(ranks), adam_init(len(ranks)), adam_init(len(ranks)))
 
 
 def sampled_gate(dual: Tensor, lam: float, temperature: float) -> Tensor:
@@ -161,16 +172,27 @@ def sampled_gate(dual: Tensor, lam: float, temperature: float) -> Tensor:
 
 
 def sampled_step(
-    state: SampledState, grad: Tensor, *, lam: float, temperature: float, weight: float, lr: float
+    state: SampledState,
+    mask_grad: Tensor,
+    fill_grad: Tensor,
+    *,
+    lam: float,
+    temperature: float,
+    weight: float,
+    lr: float,
+    fill_lr: float,
 ) -> SampledState:
     """One mirror-descent step on the whole path, seen at one of its points.
 
-        V' = V - lr Adam(weight grad L(M) sigmoid'((V - lam) / T))
+        V' = V - lr      Adam(weight dL/dM sigmoid'((V - lam) / T))
+        c' = c - fill_lr Adam(weight dL/dc)
 
     Args:
-        grad: (N,), gradient of L at the hard mask of the level that was visited.
+        mask_grad, fill_grad: (N,), gradients of L at the hard mask of the level that was visited.
         lam: the dual's threshold at that level.
         weight: of the level; small models lose more, and count for less.
     """
-    direction, adam = adam_direction(state.adam, weight * grad * sampled_gate(state.dual, lam, temperature))
-    return SampledState(state.dual - lr * direction, adam)
+    gate = sampled_gate(state.dual, lam, temperature)
+    dual_direction, dual_adam = adam_direction(state.dual_adam, weight * mask_grad * gate)
+    fill_direction, fill_adam = adam_direction(state.fill_adam, weight * fill_grad)
+    return SampledState(state.dual - lr * dual_direction, state.fill - fill_lr * fill_direction, dual_adam, fill_adam)

@@ -29,7 +29,8 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
 
     check_base(model, selection.pairs)
     masks = {name: torch.from_numpy(keep) for name, keep in selection.keep.items() if not keep.all()}
-    with attach_masks(model, selection.pairs, masks, selection.fill, selection.basis):
+    fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
+    with attach_masks(model, selection.pairs, masks, fill, selection.basis):
         yield model
 
 
@@ -38,7 +39,7 @@ def attach_masks(
     model: nn.Module,
     pairs: Sequence[Pair],
     masks: Mapping[str, Tensor],
-    fill: Arrays | None = None,
+    fill: Mapping[str, Tensor] | None = None,
     basis: Arrays | None = None,
 ) -> Iterator[None]:
     """Multiply every unit by its mask, until the context ends.
@@ -50,13 +51,13 @@ def attach_masks(
     Args:
         masks: pair name -> (G, U), or (B, G, U) for one mask a sample. Looked up at every forward
             pass, so that a search can change it between passes; a pair without one is dense.
-        fill: pair name -> (G, D).
+        fill: pair name -> (G, D); looked up at every forward pass, too.
         basis: pair name -> (G, D, D).
     """
     handles = []
     try:
         for pair in pairs:
-            hook = _MaskHook(pair, masks, (fill or {}).get(pair.name), (basis or {}).get(pair.name))
+            hook = _MaskHook(pair, masks, {} if fill is None else fill, (basis or {}).get(pair.name))
             module = model.get_submodule(pair.mask_slot.module)
             if pair.mask_slot.side == "out":
                 handles.append(module.register_forward_hook(hook.on_output))
@@ -73,11 +74,10 @@ class _MaskHook:
         self,
         pair: Pair,
         masks: Mapping[str, Tensor],
-        fill: np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None,
+        fill: Mapping[str, Tensor],
         basis: np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None,
     ) -> None:
-        self.pair, self.masks = pair, masks
-        self.fill = None if fill is None else torch.from_numpy(fill)
+        self.pair, self.masks, self.fill = pair, masks, fill
         self.rotation = self.inverse = None
         if basis is not None:
             self.rotation = torch.from_numpy(basis).double()
@@ -97,8 +97,9 @@ class _MaskHook:
         if self.pair.dims_per_unit > 1:
             mask = torch.cat([mask] * self.pair.dims_per_unit, dim=-1)  # (G, D)
         per_sample = mask.dim() == 3
-        heads = y.unflatten(-1, self.pair.shape[:1] + (self.pair.width,))  # (..., G, D)
-        fill = None if self.fill is None else (1 - mask) * self.fill.to(y)
+        heads = y.unflatten(-1, (*self.pair.shape[:1], self.pair.width))  # (..., G, D)
+        constant = self.fill.get(self.pair.name)
+        fill = None if constant is None else (1 - mask) * constant.to(y)
         if self.rotation is None or self.inverse is None:
             scale, shift = mask, fill
             if per_sample:  # broadcast over the positions between batch and heads

@@ -31,7 +31,8 @@ class Objective(Protocol):
 
     def probe(self, outputs: Any, batch: Batch, noise: torch.Generator) -> Tensor:
         """A random scalar summed over samples: the expected square of each sample's gradient is
-        the diagonal of the loss's Gauss-Newton curvature at the dense model."""
+        the diagonal of the loss's Gauss-Newton curvature at the dense model.
+        """
 
 
 class EmbeddingObjective:

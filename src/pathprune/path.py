@@ -159,9 +159,7 @@ class SolutionPath:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = array
-            pairs = [
-                Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]
-            ]
+            pairs = [Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]]
             return cls(
                 PairList(pairs, BaseModel(**meta["base"]), meta["refused"]),
                 parts["ranking"],
@@ -175,7 +173,9 @@ class SolutionPath:
                 versions=meta["versions"],
             )
         except (KeyError, TypeError, AttributeError, ValueError, MismatchError) as error:
-            raise ArtifactError(f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again") from error
+            raise ArtifactError(
+                f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again"
+            ) from error
 
 
 def library_versions() -> dict[str, str]:

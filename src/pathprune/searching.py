@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
-from pathprune.basis import calibrate
+from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
 from pathprune.data import Batches, check_finite
 from pathprune.discovery import evaluating, find_pairs
@@ -45,6 +45,7 @@ class SearchConfig:
         basis: rotate heads into balanced bases first (``pathprune.basis``).
         fill: put the mean in a removed dimension's place.
         lr: of the sampled path's dual at the start; it falls to zero along a cosine.
+        fill_lr: of its fills, in standard deviations of the activation they stand for.
         temperature: of the sampled path's surrogate gate.
         lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
 
@@ -61,6 +62,7 @@ class SearchConfig:
     basis: bool = True
     fill: bool = True
     lr: float = 0.005
+    fill_lr: float = 0.005
     temperature: float = 0.05
     lowest_level: float = 0.1
 
@@ -75,8 +77,10 @@ class SearchConfig:
             raise DataError(f"multiple={self.multiple} must be at least 1")
         if not 0 < self.lowest_level < 1:
             raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
-        if self.lr <= 0 or self.temperature <= 0:
-            raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
+        if self.lr <= 0 or self.fill_lr < 0 or self.temperature <= 0:
+            raise DataError(
+                f"lr={self.lr} and temperature={self.temperature} must be positive, fill_lr={self.fill_lr} not negative"
+            )
 
     @property
     def curvature_steps(self) -> int:
@@ -163,6 +167,7 @@ class _Run:
         self.noise = torch.Generator().manual_seed(config.seed)
         self.targets = Targets(model, objective)
         self.masks: dict[str, Tensor] = {}
+        self.fills: dict[str, Tensor] = {}
         self.done = 0
         self.loss: list[float] = []
         self.level: list[float] = []
@@ -181,7 +186,7 @@ class _Run:
         if self.out is not None:
             write_artifact(self.out, "checkpoint", {"format": CHECKPOINT_FORMAT, "step": None}, {})
         first = self.batches.take(self.config.curvature_steps)
-        self.basis, self.fill = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
+        self.found = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
         kind = DYNAMICS[self.config.dynamics]
         params = self._by_unit([pair.unit_params for pair in self.pairs])
         self.driver = self._driver(kind.begin(self.config, self._probe(first), params))
@@ -193,11 +198,22 @@ class _Run:
     def _by_unit(self, by_pair: list[Any]) -> Tensor:
         return torch.tensor(by_pair).repeat_interleave(torch.tensor(self.sizes))
 
+    def _fill(self, deviation: Tensor) -> dict[str, Tensor]:
+        """The constants of all pairs that take one, from (N,) standard deviations."""
+        found = self.found
+        return {
+            name: torch.from_numpy(found.mean[name]).to(part) + torch.from_numpy(found.std[name]).to(part) * part
+            for name, part in self.split(deviation).items()
+            if name in found.mean
+        }
+
     def _probe(self, batches: list[dict[str, Tensor]]) -> Tensor:
         """(samples, N), each sample's gradient of a random probe: their mean square is the
-        Gauss-Newton diagonal."""
+        Gauss-Newton diagonal.
+        """
         rows: list[Tensor] = []
-        with attach_masks(self.model, self.pairs, self.masks, self.fill, self.basis):
+        self.fills.update(self._fill(torch.zeros(sum(self.sizes))))
+        with attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis):
             for batch in tqdm(batches, desc="curvature", unit="step", disable=self.hidden, leave=False):
                 samples = next(iter(batch.values())).shape[0]
                 ones = torch.ones(samples, sum(self.sizes), device=self.batches.device, requires_grad=True)
@@ -223,8 +239,8 @@ class _Run:
             unit=self.config.unit,
             multiple=self.config.multiple,
             seq_len=self.batches.seq_len,
-            fill=self.fill,
-            basis=self.basis,
+            fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
+            basis=self.found.basis,
         )
 
     def finish(self) -> SolutionPath:
@@ -233,7 +249,7 @@ class _Run:
         bar = tqdm(total=config.path_steps, initial=self.done, desc="search", unit="step", disable=self.hidden)
         stream = islice(iter(self.batches), config.curvature_steps + self.done, None)
         try:
-            with bar, attach_masks(self.model, self.pairs, self.masks, self.fill, self.basis):
+            with bar, attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis):
                 while self.done < config.path_steps:
                     loss, level = self._step(next(stream))
                     bar.set_postfix(loss=f"{loss:.4f}", keep=f"{level:.2f}", refresh=False)
@@ -256,14 +272,16 @@ class _Run:
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
         mask, level = self.driver.mask(self.done)
-        leaf = mask.to(self.batches.device).requires_grad_()
+        leaf = mask.detach().to(self.batches.device).requires_grad_()
+        fill = self.driver.fill().detach().to(leaf.device).requires_grad_()
         self.masks.clear()
         target = self.targets(batch)
         self.masks.update(self.split(leaf))
+        self.fills.update(self._fill(fill))
         loss = self.objective.loss(self.model(**batch), batch, target)
         value = check_finite(loss, f"at step {self.done}, with {level:.0%} of the model kept")
-        grad = torch.autograd.grad(loss, leaf)[0].float().cpu()
-        self.driver.learn(self.done, grad)
+        grads = torch.autograd.grad(loss, (leaf, fill), allow_unused=True, materialize_grads=True)
+        self.driver.learn(self.done, *(grad.float().cpu() for grad in grads))
         self.loss.append(value)
         self.level.append(level)
         self.gamma_l1.append([float(part.sum()) for part in self.driver.gamma().abs().split(self.sizes)])
@@ -282,8 +300,8 @@ class _Run:
         if self.out is None:
             return
         tensors = {f"state/{name}": tensor.numpy() for name, tensor in self.driver.state.items()}
-        tensors |= {f"basis/{name}": array for name, array in self.basis.items()}
-        tensors |= {f"fill/{name}": array for name, array in self.fill.items()}
+        for part, arrays in asdict(self.found).items():
+            tensors |= {f"{part}/{name}": array for name, array in arrays.items()}
         tensors |= {f"trajectory/{name}": array for name, array in asdict(self._trajectory()).items()}
         meta = {
             "format": CHECKPOINT_FORMAT,
@@ -301,12 +319,12 @@ class _Run:
             self.start()
             return
         _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
-        parts: dict[str, dict[str, Any]] = {"state": {}, "basis": {}, "fill": {}, "trajectory": {}}
+        parts: dict[str, dict[str, Any]] = {"state": {}, "basis": {}, "mean": {}, "std": {}, "trajectory": {}}
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = array
-            self.basis, self.fill = parts["basis"], parts["fill"]
+            self.found = Calibration(parts["basis"], parts["mean"], parts["std"])
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
             self.done = int(meta["step"])
             self.loss, self.level, self.gamma_l1 = (

@@ -64,12 +64,16 @@ class PaddedLinear(nn.Linear):
         self.side, self.blocks, self.width, self.padded = side, blocks, width, padded
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.side == "in":
-            input = input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
-        output = super().forward(input)
+        output = super().forward(self.crop(input))
         if self.side == "out":
             output = F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
         return output
+
+    def crop(self, input: Tensor) -> Tensor:
+        """The features that the weight reads."""
+        if self.side == "out":
+            return input
+        return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.side}: {self.blocks} x {self.width} padded to {self.padded}"
@@ -187,16 +191,18 @@ def _attention_record(model: nn.Module, selection: Selection, members: list[Pair
 
 
 def _shape(slot: Slot, size: int) -> Record:
-    features = {"in_features": slot.size, "out_features": size} if slot.side == "out" else {
-        "in_features": size,
-        "out_features": slot.size,
-    }
+    features = (
+        {"in_features": slot.size, "out_features": size}
+        if slot.side == "out"
+        else {
+            "in_features": size,
+            "out_features": slot.size,
+        }
+    )
     return {**features, "bias": slot.bias, "pad": None}
 
 
-def _sliced_tensors(
-    model: nn.Module, selection: Selection, record: Record
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _sliced_tensors(model: nn.Module, selection: Selection, record: Record) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of every map that the record shapes, rotations and fills computed in float64."""
     tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
     for pair in selection.pairs:
@@ -222,7 +228,11 @@ def _sliced_tensors(
             index = torch.from_numpy(pair.positions(slot, keep)).to(weight.device)
             if slot == pair.consumer and slot.side == "in" and bias is not None and pair.name in selection.fill:
                 gone = torch.from_numpy(pair.positions(slot, ~keep)).to(weight.device)
-                fill = torch.from_numpy(np.repeat(selection.fill[pair.name], slot.repeat, axis=0)).flatten().to(gone.device)
+                fill = (
+                    torch.from_numpy(np.repeat(selection.fill[pair.name], slot.repeat, axis=0))
+                    .flatten()
+                    .to(gone.device)
+                )
                 bias = bias.double() + weight.double()[:, gone] @ fill.double()[gone]
             if slot.side == "out":
                 weight, bias = weight[index], None if bias is None else bias[index]
@@ -248,7 +258,9 @@ def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
     for name, shape in record["modules"].items():
         old = model.get_submodule(name)
         if not isinstance(old, nn.Linear):
-            raise MismatchError(f"{name} is a {type(old).__name__}, not a linear map; the shape record is of another model")
+            raise MismatchError(
+                f"{name} is a {type(old).__name__}, not a linear map; the shape record is of another model"
+            )
         model.set_submodule(name, _linear(shape, old.weight.device, old.weight.dtype))
     _shape_attention(model, record)
 

@@ -1,0 +1,129 @@
+"""The numbers of the MiniLM pipeline: quality before recovery over seeds, and what things cost.
+
+    python benchmarks/minilm.py --out benchmarks/results/minilm.json
+
+Quality is the mean cosine to the dense embedding on paragraphs of BBC articles that no search and
+no choice of a default ever saw. Costs are ratios of runs taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import pathprune as pp
+from pathprune import demo
+from pathprune.artifact import write_text
+from pathprune.data import Batch, Batches, tokenized
+from pathprune.evaluation import fidelity, latency, machine
+from pathprune.objectives import EmbeddingObjective
+from pathprune.path import library_versions
+from pathprune.searching import SearchConfig, _frozen, _Run
+
+
+def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
+    """A search step over one forward plus one activation-only backward pass of the dense model, same batch."""
+    objective = EmbeddingObjective()
+    pairs = pp.find_pairs(model)
+    fresh, known, dense = [], [], []
+    with _frozen(model):
+        run = _Run(model, pairs, Batches(model, batches), objective, SearchConfig(steps=10 * rounds), None, False)
+        run.start()
+        run.config = run.driver.config
+        from pathprune.masks import attach_masks
+
+        for batch in islice(iter(Batches(model, batches)), rounds):
+            embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+            rest = {key: value for key, value in batch.items() if key != "input_ids"}
+            start = time.perf_counter()
+            loss = objective.target(model(inputs_embeds=embedded, **rest), batch).sum()
+            torch.autograd.grad(loss, embedded)
+            dense.append(time.perf_counter() - start)
+            with attach_masks(model, pairs, run.masks, run.fills, run.found.basis):
+                for taken in (fresh, known):  # the second visit finds the dense model's output remembered
+                    start = time.perf_counter()
+                    run._step(batch)
+                    taken.append(time.perf_counter() - start)
+    return {
+        "dense_forward_backward_seconds": statistics.median(dense),
+        "step_ratio_batch_seen_before": statistics.median(b / a for a, b in zip(dense, known, strict=True)),
+        "step_ratio_batch_new": statistics.median(b / a for a, b in zip(dense, fresh, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--split", default="test", choices=["choice", "test"])
+    args = parser.parse_args()
+
+    source = demo.minilm()
+    model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    held_out = demo.passages(demo.bbc_articles(args.split))[:512]
+    unseen = tokenized(held_out, tokenizer, batch_size=32, max_length=demo.SEARCH_TOKENS)
+    runs = []
+    for seed in range(args.seeds):
+        texts = demo.passages(demo.bbc_articles("search"), seed)
+        data = tokenized(texts, tokenizer, batch_size=16, max_length=demo.SEARCH_TOKENS)
+        start = time.perf_counter()
+        path = pp.search(model, data, steps=args.steps, seed=seed)
+        seconds = time.perf_counter() - start
+        cosine = {}
+        for keep in demo.KEEPS:
+            cosine[str(keep)] = fidelity(pp.slice_model(model, path.select(pp.Budget(keep=keep))), model, unseen)
+        runs.append({"seed": seed, "search_seconds": seconds, "cosine": cosine})
+        print(json.dumps(runs[-1]))
+
+    selection = path.select(pp.Budget(keep=0.5))
+    start = time.perf_counter()
+    small = pp.slice_model(model, selection)
+    slice_seconds = time.perf_counter() - start
+    ids = torch.randint(
+        1000, tokenizer.vocab_size, (32, demo.LATENCY_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    dense_ms, small_ms = latency([model, small], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, seconds=5)
+    starts = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([str(Path(sys.executable).with_name("pathprune")), "--help"], check=True, capture_output=True)
+        starts.append(time.perf_counter() - start)
+    result = {
+        "command": "python benchmarks/minilm.py",
+        "split": args.split,
+        "steps": args.steps,
+        "config": path.config,
+        "runs": runs,
+        "mean_cosine": {k: statistics.mean(run["cosine"][k] for run in runs) for k in runs[0]["cosine"]},
+        "step_cost": step_cost(model, data, 20),
+        "slice_seconds": slice_seconds,
+        "help_seconds": statistics.median(starts),
+        "latency_batch_32": {"dense_ms": dense_ms, "keep_50_ms": small_ms, "ratio": small_ms / dense_ms},
+        "machine": machine(),
+        "versions": library_versions(),
+    }
+    write_text(args.out, json.dumps(result, indent=1))
+    print(
+        json.dumps(
+            {
+                key: result[key]
+                for key in ("mean_cosine", "step_cost", "slice_seconds", "help_seconds", "latency_batch_32")
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Measure a family: quality against the dense model, size, and latency side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathprune.budget import Selection
+from pathprune.data import Batches
+from pathprune.discovery import evaluating
+from pathprune.objectives import Objective, get_objective
+from pathprune.pairs import PairList
+from pathprune.path import library_versions
+
+FORMAT = 1
+
+
+def fidelity(
+    model: nn.Module, teacher: nn.Module, data: Iterable[Mapping[str, Tensor]], objective: str | Objective = "embedding"
+) -> float:
+    """One minus the objective's loss against the dense model, averaged over all batches of ``data``.
+
+    For ``objective="embedding"`` this is the mean cosine to the dense embedding.
+
+    Raises:
+        DataError: the data is empty, or does not fit the model.
+    """
+    goal = get_objective(objective)
+    batches = Batches(teacher, data)
+    total, samples = 0.0, 0
+    with evaluating(model), evaluating(teacher), torch.no_grad():
+        for batch in batches.once():
+            size = next(iter(batch.values())).shape[0]
+            target = goal.target(teacher(**batch), batch)
+            total += size * float(goal.loss(model(**batch), batch, target))
+            samples += size
+    return 1 - total / samples
+
+
+def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds: float = 2.0) -> list[float]:
+    """Median milliseconds of a forward pass of each model, measured in turns.
+
+    Taking turns makes the *ratios* hold on a machine whose speed drifts.
+
+    Args:
+        seconds: rough time to spend on each model; every one gets at least five passes.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for model in models:
+            model.eval()
+            model(**batch)
+        began = time.perf_counter()
+        while len(times[0]) < 5 or time.perf_counter() - began < seconds * len(models):
+            for model, taken in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(**batch)
+                if batch_device(batch).type == "cuda":
+                    torch.cuda.synchronize()
+                taken.append((time.perf_counter() - start) * 1000)
+    return [statistics.median(taken) for taken in times]
+
+
+def batch_device(batch: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(batch.values())).device
+
+
+def bytes_on_disk(folder: str | os.PathLike[str]) -> int:
+    """Size of the weight files in a model folder."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def member(name: str, folder: str | None, selection: Selection, size: int) -> dict[str, Any]:
+    """One model of a family, as ``family.json`` records it; quality and latency are added as they are measured.
+
+    Args:
+        folder: relative to ``family.json``; None for the dense model.
+        size: bytes on disk.
+    """
+    keep = selection.budget.value if selection.budget else 1.0
+    return {
+        "name": name,
+        "folder": folder,
+        "keep": keep,
+        **selection.to_dict(),
+        "bytes_on_disk": size,
+        "latency_ms": {},
+        "quality": {"before": {}},
+    }
+
+
+def family_record(
+    name: str, pairs: PairList, metrics: Mapping[str, Any], members: list[dict[str, Any]], **facts: Any
+) -> dict[str, Any]:
+    """The content of ``family.json``: what was made, how, where and with what.
+
+    Args:
+        metrics: name -> {"label", "text", "dense"}.
+        **facts: ``settings``, ``seconds``, ``latency_tokens``.
+    """
+    return {
+        "format": FORMAT,
+        "model": {
+            "name": name,
+            "architecture": pairs.base.architecture,
+            "params": pairs.base.params,
+            "prunable_params": pairs.prunable_params,
+        },
+        "metrics": dict(metrics),
+        "members": members,
+        **facts,
+        "machine": machine(),
+        "versions": library_versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    facts: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        facts["processor"] = next(line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line)
+        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (OSError, StopIteration, ValueError):
+        pass  # not Linux: the portable facts must do
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts

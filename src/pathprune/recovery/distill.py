@@ -1,0 +1,83 @@
+"""Train a sliced model to imitate the dense one on unlabelled data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pathprune.data import Batches, check_finite
+from pathprune.errors import DataError
+from pathprune.objectives import Batch, Objective, get_objective
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    *,
+    hidden: bool | None,
+    steps: int = 300,
+    lr: float = 3e-4,
+    objective: str | Objective = "embedding",
+    seed: int = 0,
+) -> None:
+    """Train in place with AdamW on a one-cycle schedule.
+
+    All weights but the embedding tables are trained: slicing did not touch those, and their
+    optimizer state would cost more than the rest of the model's.
+
+    Args:
+        steps: batches to train on.
+        lr: peak learning rate.
+        objective: what is imitated, besides the hidden state of every token.
+
+    Raises:
+        DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
+    """
+    if steps < 1 or lr <= 0:
+        raise DataError(f"steps={steps} and lr={lr} must be positive")
+    goal = get_objective(objective)
+    torch.manual_seed(seed)
+    tables = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
+    flags = [(p, p.requires_grad) for p in student.parameters()]
+    try:
+        for parameter in student.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+        stream = iter(batches)
+        with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
+            for step in bar:
+                batch = next(stream)
+                with torch.no_grad():
+                    wanted = teacher(**batch)
+                    target = goal.target(wanted, batch)
+                outputs = student(**batch)
+                loss = goal.loss(outputs, batch, target) + token_distance(outputs, wanted, batch)
+                value = check_finite(loss, f"at distillation step {step}")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def token_distance(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
+    """One minus the cosine of the last hidden states, averaged over real tokens."""
+    distance = 1 - F.cosine_similarity(outputs.last_hidden_state, wanted.last_hidden_state, dim=-1)  # (B, T)
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return distance.mean()
+    return (distance * mask).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,201 @@
+"""family.json, the record that reports read: checked once, then trusted; and its numbers in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pathprune.errors import ArtifactError
+
+FORMAT = 1
+
+NUMBER = (int, float)
+FAMILY = {
+    "model": dict,
+    "metrics": dict,
+    "members": list,
+    "latency_tokens": int,
+    "settings": dict,
+    "seconds": dict,
+    "machine": dict,
+    "versions": dict,
+    "date": str,
+}
+MODEL = {"architecture": str, "params": int, "prunable_params": int}
+METRIC = {"label": str, "text": str, "dense": NUMBER}
+MEMBER = {
+    "name": str,
+    "folder": (str, type(None)),
+    "keep": NUMBER,
+    "params": int,
+    "params_fraction_of_whole_model": NUMBER,
+    "prunable_params_kept_fraction": NUMBER,
+    "macs_per_token": NUMBER,
+    "macs_fraction_of_whole_model": NUMBER,
+    "seq_len": int,
+    "bytes_on_disk": int,
+    "latency_ms": dict,
+    "quality": dict,
+    "widths": dict,
+}
+
+
+def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read ``<folder>/family.json``.
+
+    Raises:
+        ArtifactError: missing, unreadable, of another format version, or without something that reports need.
+    """
+    path = Path(folder) / "family.json"
+    try:
+        family = json.loads(path.read_bytes())
+        _check(family)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path} does not exist; name the folder that a finished run wrote its family into, or run it again"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror or error}; name a folder that you may read"
+        ) from error
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} is not a readable family: {error}. Copy it again from its source, or evaluate the family again"
+        ) from error
+    return family  # type: ignore[no-any-return]
+
+
+def dense_member(family: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The member that nothing was removed from: the one without a folder."""
+    return next(member for member in family["members"] if member["folder"] is None)
+
+
+def smaller_members(family: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pruned members, in the record's order."""
+    return [member for member in family["members"] if member["folder"] is not None]
+
+
+def recovered(member: Mapping[str, Any]) -> bool:
+    """Whether the member's quality was measured after a recovery."""
+    return "after" in member["quality"]
+
+
+def reached(member: Mapping[str, Any]) -> Mapping[str, float]:
+    """Quality by metric after recovery, or before it where none was run."""
+    quality: Mapping[str, float] = member["quality"]["after" if recovered(member) else "before"]
+    return quality
+
+
+def speed_up(family: Mapping[str, Any], member: Mapping[str, Any], batch: str) -> float:
+    """Latency of the dense model over that of ``member``, at one batch size."""
+    return float(dense_member(family)["latency_ms"][batch] / member["latency_ms"][batch])
+
+
+def title(family: Mapping[str, Any]) -> str:
+    """The model's name, or its architecture where it has none."""
+    return str(family["model"].get("name") or family["model"]["architecture"])
+
+
+def loader(family: Mapping[str, Any]) -> str:
+    """The class that loads a member: ``AutoModel`` would drop the head of a model that has one."""
+    architecture = str(family["model"]["architecture"])
+    return "AutoModel" if architecture.endswith("Model") and "Head" not in architecture else architecture
+
+
+def count(number: float) -> str:
+    """1234567 -> ``1.23 M``."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {letter}"
+    return f"{number:.0f}"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as ``90.9 MB`` (a million bytes each)."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def milliseconds(latency: float) -> str:
+    """Three digits or so: ``5.10 ms``, ``210 ms``."""
+    return f"{latency:.2f} ms" if latency < 10 else f"{latency:.0f} ms"
+
+
+def in_words(family: Mapping[str, Any], member: Mapping[str, Any]) -> str:
+    """A member's numbers in two sentences."""
+    sizes = (
+        f"{member['name']} has {count(member['params'])} parameters "
+        f"({member['params_fraction_of_whole_model']:.0%} of the whole model's), needs "
+        f"{member['macs_fraction_of_whole_model']:.0%} of its multiply-accumulates and "
+        f"takes {megabytes(member['bytes_on_disk'])} on disk"
+    )
+    if member["latency_ms"]:
+        batch = max(member["latency_ms"], key=int)
+        sizes += f"; at batch {batch} it runs {speed_up(family, member, batch):.2f} times as fast as the dense model"
+    qualities = []
+    for key, metric in family["metrics"].items():
+        before = f"{member['quality']['before'][key]:.3f} before, " if recovered(member) else ""
+        qualities.append(f"{metric['label']} is {reached(member)[key]:.3f} ({before}dense {metric['dense']:.3f})")
+    when = "After recovery" if recovered(member) else "Without recovery"
+    return f"{sizes}. {when}, {', '.join(qualities)}."
+
+
+def settings_lines(family: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(``search.steps``, ``300``) and so on."""
+    for part, values in family["settings"].items():
+        if isinstance(values, dict):
+            yield from ((f"{part}.{name}", _plain(value)) for name, value in values.items())
+        else:
+            yield part, _plain(values)
+
+
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """Short names for the pairs of one kind: what tells them apart, ``layer 3`` where that is a number."""
+    blocks = [name.rpartition(".")[0].split(".") for name in names]
+    if len({len(block) for block in blocks}) == 1:
+        same = [len(set(parts)) == 1 for parts in zip(*blocks, strict=True)]
+        blocks = [[part for part, drop in zip(block, same, strict=True) if not drop] or block for block in blocks]
+    return [f"layer {block[0]}" if len(block) == 1 and block[0].isdigit() else ".".join(block) for block in blocks]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check(family: Any) -> None:
+    """Raise ValueError unless ``family`` has everything that reports read."""
+    if not isinstance(family, dict):
+        raise ValueError("it is not a JSON object")
+    if family.get("format") != FORMAT:
+        raise ValueError(f"it has format {family.get('format')!r}, this pathprune reads format {FORMAT}")
+    _expect("it", family, FAMILY)
+    _expect("model", family["model"], MODEL)
+    for name, metric in family["metrics"].items():
+        _expect(f"metrics.{name}", metric, METRIC)
+    for i, member in enumerate(family["members"]):
+        _expect(f"members[{i}]", member, MEMBER)
+    dense = [member for member in family["members"] if member["folder"] is None]
+    if len(dense) != 1 or len(family["members"]) < 2 or not family["metrics"]:
+        raise ValueError("it needs one dense member (folder null), at least one smaller member and at least one metric")
+    for member in family["members"]:
+        name = member["name"]
+        for part in {"before", *member["quality"]}:
+            _expect(f"{name}: quality.{part}", member["quality"].get(part), dict.fromkeys(family["metrics"], NUMBER))
+        _expect(f"{name}: latency_ms", member["latency_ms"], dict.fromkeys(dense[0]["latency_ms"], NUMBER))
+        if any(int(batch) < 1 or latency <= 0 for batch, latency in member["latency_ms"].items()):
+            raise ValueError(f"{name}: latency_ms={member['latency_ms']} must name batch sizes and positive times")
+        _expect(f"{name}: widths", member["widths"], dict.fromkeys(dense[0]["widths"], list))
+        if any(len(width) != 2 for width in member["widths"].values()):
+            raise ValueError(f"{name}: each of widths must be [heads, dimensions of each]")
+
+
+def _expect(where: str, record: Any, fields: Mapping[str, Any]) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {record!r}, not an object")
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), kind):
+            found = repr(record[name]) if name in record else "absent"
+            raise ValueError(f"{where} has no valid {name!r} ({found})")
