@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import pathprune
@@ -23,13 +24,17 @@ from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
 
 torch.set_num_threads(1)
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("pathprune", max_examples=50, derandomize=True, **QUIET)
+settings.register_profile("attack", max_examples=1500, **QUIET)  # pytest --hypothesis-profile=attack
+settings.load_profile("pathprune")
 
 COMMON = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20}
 
-# name -> (configuration class, model class, settings): one encoder with biases everywhere, one decoder
-# without any and with grouped queries, and one with biases in query, key and value only.
+# name -> (configuration class, model class, settings): an encoder with biases everywhere and tied embeddings,
+# a decoder without any bias and with grouped queries, and one with biases in query, key and value only.
 TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bert": ("BertConfig", "BertModel", {"num_attention_heads": 3, "max_position_embeddings": 32}),
+    "bert": ("BertConfig", "BertForMaskedLM", {"num_attention_heads": 3, "max_position_embeddings": 32}),
     "llama": (
         "LlamaConfig",
         "LlamaForCausalLM",

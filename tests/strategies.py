@@ -155,8 +155,11 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:
     keep: Masks = {}
     alive: dict[str, npt.NDArray[np.bool_]] = {}
-    first = pairs[0].block
-    first_mlp = next(pair.block for pair in pairs if pair.kind == "mlp")
+    gone = {
+        "no attention": {next(pair.block for pair in pairs if pair.kind != "mlp")},
+        "no mlp": {next(pair.block for pair in pairs if pair.kind == "mlp")},
+        "nothing left": {pair.block for pair in pairs},
+    }.get(case, set())
     for pair in pairs:
         heads = alive.setdefault(pair.block, np.ones(pair.groups, dtype=bool))
         if case == "fewer heads" and pair.kind == "qk":
@@ -168,10 +171,5 @@ def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:
         mask = np.zeros(pair.shape, dtype=bool)
         for head in np.flatnonzero(heads):
             mask[head, same if pair.rotary else rng.permutation(pair.units)[:count]] = True
-        gone = {
-            "no attention": pair.block == first,
-            "no mlp": pair.block == first_mlp,
-            "nothing left": True,
-        }.get(case, False)
-        keep[pair.name] = mask & (not gone)
+        keep[pair.name] = mask & (pair.block not in gone)
     return keep

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pathprune.data import Batches
 from pathprune.discovery import evaluating
-from pathprune.errors import DataError
+from pathprune.errors import DataError, MismatchError
 from pathprune.recovery.closed_form import least_squares
 from pathprune.recovery.distill import distill
 
@@ -39,11 +39,13 @@ def recover(
             ``objective=`` and ``seed=`` for distillation.
 
     Raises:
+        MismatchError: ``small`` was not sliced from a model like ``teacher``.
         DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
     """
     functions: dict[str, Callable[..., None]] = {"closed-form": least_squares, "distill": distill}
     if method not in functions:
         raise DataError(f"method={method!r} is not one of {', '.join(functions)}")
+    _check_sliced(small, teacher)
     batches = Batches(teacher, data)
     student = copy.deepcopy(small)
     hidden = None if progress is None else not progress
@@ -55,3 +57,16 @@ def recover(
                 raise
             raise DataError(f"unknown setting of method={method!r}: {error}") from error
     return student
+
+
+def _check_sliced(small: nn.Module, teacher: nn.Module) -> None:
+    large = dict(teacher.named_parameters())
+    ours = dict(small.named_parameters())
+    fits = set(ours) == set(large) and all(
+        a <= b for name in ours for a, b in zip(ours[name].shape, large[name].shape, strict=True)
+    )
+    if not fits or sum(p.numel() for p in ours.values()) >= sum(p.numel() for p in large.values()):
+        raise MismatchError(
+            f"the {type(small).__name__} to recover was not sliced from the {type(teacher).__name__} given as teacher; "
+            "pass the dense model that it was cut from"
+        )

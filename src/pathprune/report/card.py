@@ -74,7 +74,7 @@ model = {loader(family)}.from_pretrained({json.dumps(member["folder"])})  # the 
 ## How it was made
 
 One search ranked all prunable units of the dense model; this member keeps a fraction of {member["keep"]} of the prunable
-parameters. {"Its quality was then recovered by training." if recovered(member) else "No recovery was run."}
+parameters. {"A recovery followed." if recovered(member) else "No recovery was run."}
 
 {settings}
 
@@ -99,7 +99,8 @@ def _table(family: Mapping[str, Any], member: Mapping[str, Any]) -> str:
         rows.append((f"latency, batch {batch}", milliseconds(dense["latency_ms"][batch]), faster))
     for key, metric in family["metrics"].items():
         for part, values in member["quality"].items():
-            rows.append((f"{metric['label']}, {part} recovery", f"{metric['dense']:.3f}", f"{values[key]:.3f}"))
+            what = f"{metric['label']}, {part} recovery" if recovered(member) else metric["label"]
+            rows.append((what, f"{metric['dense']:.3f}", f"{values[key]:.3f}"))
     lines = (f"| {_text(what)} | {before} | {after} |" for what, before, after in rows)
     return "\n".join(["| | dense | this model |", "|---|---:|---:|", *lines])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pathprune.report import record
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``<folder>/report.html`` from ``<folder>/family.json`` and the path in ``<folder>/path``.
 
-    A report that is there is replaced, when the new one is complete.
+    A report that is there is replaced once the new one is complete.
 
     Returns:
         Where the report is.
@@ -24,11 +24,11 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         ArtifactError: the record or the path is missing or malformed, or the folder cannot be written.
     """
     family = record.read_family(folder)
-    path = SolutionPath.load(Path(folder) / "path")
+    page = _page(family, SolutionPath.load(Path(folder) / "path"))
     target = Path(folder) / "report.html"
-    part = target.with_name(f".report.html.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        part.write_text(_page(family, path), encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
         os.replace(part, target)
     except OSError as error:
         raise ArtifactError(
@@ -40,7 +40,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 
 def _page(family: Mapping[str, Any], path: SolutionPath) -> str:
-    # Here and not above: both take a while to import, and whoever only asks for --help should not wait.
+    # Not at the top: whoever imports pathprune.report for a model card need not wait for these.
     import jinja2
     from markupsafe import Markup
 
@@ -55,43 +55,102 @@ def _page(family: Mapping[str, Any], path: SolutionPath) -> str:
         "milliseconds": record.milliseconds,
         "percent": "{:.1%}".format,
     }
+    smaller = record.smaller_members(family)
+    recovery = any(record.recovered(member) for member in smaller)
     return environment.from_string(PAGE).render(
         family=family,
         title=record.title(family),
-        dense=record.dense_member(family),
-        smaller=record.smaller_members(family),
-        any_recovered=any(record.recovered(member) for member in record.smaller_members(family)),
         summary=_summary(family),
+        dense=record.dense_member(family),
+        smaller=smaller,
+        headline=next(iter(family["metrics"])),
+        batches=sorted(record.dense_member(family)["latency_ms"], key=int),
+        parts={"before": "before", "after": "after"} if recovery else {"before": "no recovery"},
+        recovered=record.recovered,
+        reached=record.reached,
         speed_up=lambda member, batch: record.speed_up(family, member, batch),
-        loader=record.loader(family),
-        settings=list(record.settings_lines(family)),
         pictures=[(heading, Markup(svg), caption) for heading, svg, caption in _pictures(family, path)],
+        loader=record.loader(family),
+        made=[
+            ("Settings", record.settings_lines(family)),
+            ("Time", _times(family["seconds"])),
+            ("Machine", family["machine"].items()),
+            ("Versions", family["versions"].items()),
+        ],
     )
 
 
 def _summary(family: Mapping[str, Any]) -> str:
-    """One paragraph: where the family comes from, and its mildest and its smallest member."""
-    model, smaller = family["model"], record.smaller_members(family)
-    smaller.sort(key=lambda member: member["params"], reverse=True)
+    """One paragraph: where the family comes from, and what its largest and its smallest member offer."""
+    model, smaller = family["model"], sorted(record.smaller_members(family), key=lambda member: -member["params"])
+    key, metric = next(iter(family["metrics"].items()))
     sentences = [
-        f"One search ranked the {record.count(model['prunable_params'])} prunable ones among the "
-        f"{record.count(model['params'])} parameters of {record.title(family)}, and so gave "
-        f"{len(smaller)} smaller {'models' if len(smaller) > 1 else 'model'}."
+        f"One search ranked what can be removed from {record.title(family)}: {record.count(model['prunable_params'])} of "
+        f"its {record.count(model['params'])} parameters."
     ]
-    sentences += [record.in_words(family, member) for member in smaller]
+    for member in smaller[:: max(1, len(smaller) - 1)]:
+        size = f"{member['name']} keeps {member['params_fraction_of_whole_model']:.0%} of all parameters"
+        speed = ""
+        if member["latency_ms"]:
+            batch = max(member["latency_ms"], key=int)
+            speed = f" and runs {record.speed_up(family, member, batch):.1f} times as fast at batch {batch}"
+        recovery = "after" if record.recovered(member) else "without"
+        sentences.append(
+            f"{size}{speed}, with {metric['label']} at {record.reached(member)[key]:.3f} {recovery} recovery "
+            f"(dense: {metric['dense']:.3f})."
+        )
     return " ".join(sentences)
+
+
+def _times(seconds: Mapping[str, float]) -> Iterable[tuple[str, str]]:
+    for part, time in seconds.items():
+        yield part, f"{time:.0f} s" if time < 120 else f"{time / 60:.1f} min"
 
 
 def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, str, str]]:
     """(heading, SVG, how to read it)."""
     from pathprune.report import plots
 
-    [member["prunable_params_kept_fraction"] for member in record.smaller_members(family)]
-    return [
+    smaller = record.smaller_members(family)
+    pictures = [
         (
             "Quality against size",
             plots.quality_by_size(family),
-            "Each point is a model of the family, from the smallest at the left to the dense one at the right; "
-            "the higher a line stays above the other, the more the recovery gave back. The vertical axes do not start at zero.",
-        )
+            "Each point is a model, from the smallest at the left to the dense one at the right; how far a line strays "
+            "from the dotted one is what the smaller size costs (the vertical axes do not start at zero).",
+        ),
+        (
+            "What each model kept",
+            plots.widths_by_layer(family),
+            "Each bar is the share of a layer's units that stays; for attention the numbers are heads × dimensions "
+            "of each head, for the MLP hidden neurons.",
+        ),
+        (
+            "Where width goes as models shrink",
+            plots.kept_widths(path, [member["prunable_params_kept_fraction"] for member in smaller]),
+            "Read from right to left, every row shows how one layer narrows as less of the model is kept; a row that "
+            "stays dark for long matters most, and the dashed lines mark the models above.",
+        ),
+        (
+            "The solution path",
+            plots.solution_path(path),
+            "Each line is one layer, coloured by depth: the higher it stands and the earlier it leaves zero, the more "
+            "of that layer's units the search found worth keeping (the panels have scales of their own).",
+        ),
+        (
+            "Loss along the search",
+            plots.loss_by_level(path),
+            "Each dot is one step of the search; where lighter dots, from later steps, lie below darker ones, the "
+            "search found better units to keep at that size.",
+        ),
     ]
+    if record.dense_member(family)["latency_ms"]:
+        speed = (
+            "Speed",
+            plots.latency(family),
+            f"Bars are measured latency at {family['latency_tokens']} tokens as a share of the dense model's, with the "
+            "speed-up above; a bar that ends at the black line is as fast as its arithmetic promises, a taller one is "
+            "slower.",
+        )
+        pictures.insert(1, speed)
+    return pictures

@@ -20,6 +20,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -27,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from pathprune.budget import Budget
 from pathprune.pairs import Pair
 from pathprune.path import SolutionPath
-from pathprune.report.record import dense_member, layer_labels, milliseconds, smaller_members, speed_up
+from pathprune.report.record import dense_member, layer_labels, milliseconds, recovered, smaller_members, speed_up
 
 BLUE, ORANGE, GREEN, VERMILLION, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 INK, SOFT, FAINT = "#22272e", "#6b7480", "#d5dae1"
@@ -78,14 +79,18 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
         # Ids are hashes with a salt: one for each function, or the pictures of a page would share some.
         with style.context(["default", STYLE, {"svg.hashsalt": draw.__name__}]):
             buffer = io.StringIO()
+            figure = draw(*args, **kwargs)
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            FigureCanvasSVG(draw(*args, **kwargs)).print_svg(buffer, metadata=nothing)
+            FigureCanvasSVG(figure)
+            figure.savefig(buffer, format="svg", metadata=nothing)
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
         used = set(re.findall(r"#([\w.-]+)", svg))
         svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
         label = html.escape((draw.__doc__ or "").partition(".")[0])
-        return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+        # On a narrow screen a picture shrinks as far as its text can be read; then its card scrolls.
+        narrowest = f"{0.6 * 72 * figure.get_figwidth():.0f}pt"
+        return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="min-width: {narrowest}"', 1)
 
     return drawn
 
@@ -103,21 +108,28 @@ def quality_by_size(family: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(max(5.0, 3.2 * columns), 2.9 * rows + 0.3))
     members = sorted(family["members"], key=lambda member: member["params"])
     sizes = [member["params"] / 1e6 for member in members]
+    # Dense stands on both lines: nothing was removed from it, so that there is nothing to recover.
+    lines = [("before", ORANGE, "o", "without recovery")]
+    if any(map(recovered, smaller_members(family))):
+        lines = [("before", ORANGE, "o", "before recovery"), ("after", BLUE, "s", "after recovery")]
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (key, metric) in zip(grid, metrics.items(), strict=False):
         axes.axhline(metric["dense"], color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="dense")
-        # Dense stands on both lines: nothing was removed from it, so that there is nothing to recover.
-        for part, colour, marker, label in (
-            ("before", ORANGE, "o", "before recovery"),
-            ("after", BLUE, "s", "after recovery"),
-        ):
+        for part, colour, marker, label in lines:
             points = [
                 (size, member["quality"][part][key])
                 for size, member in zip(sizes, members, strict=True)
                 if part in member["quality"]
             ]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=label)
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=label)
+        for size, member in zip(sizes, members, strict=True):
+            if member["folder"] is not None:
+                above = member["quality"]["before"][key] > metric["dense"]
+                outer = (max if above else min)(values[key] for values in member["quality"].values())
+                beside = (6, 4) if above else (6, -9)  # on the side that the lines do not come back to
+                axes.annotate(
+                    member["name"], (size, outer), beside, textcoords="offset points", fontsize=7.5, color=SOFT
+                )
         axes.set_title(metric["label"])
         axes.margins(x=0.08, y=0.12)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -152,9 +164,8 @@ def solution_path(path: SolutionPath) -> Figure:
     figure.supxlabel("search step", fontsize=9)
     labels = layer_labels([pair.name for pair in max(kinds.values(), key=len)])
     ticks = np.unique(np.linspace(0, len(labels) - 1, 8).astype(int))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, max(1, len(labels) - 1)), DEPTH), ax=grid, aspect=25, pad=0.015)
-    bar.outline.set_visible(False)
-    bar.set_ticks(ticks, labels=[labels[tick] for tick in ticks])
+    bar = _colour_bar(figure, ScalarMappable(Normalize(0, max(1, len(labels) - 1)), DEPTH), grid)
+    bar.set_ticks(ticks.tolist(), labels=[labels[tick] for tick in ticks])
     return figure
 
 
@@ -170,17 +181,14 @@ def loss_by_level(path: SolutionPath) -> Figure:
         return _nothing("This path holds no search steps, so that there are no losses to draw.")
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
-    dots = axes.scatter(
-        level, loss, c=np.arange(1, len(loss) + 1), cmap=DEPTH, s=16, alpha=0.85, linewidths=0, rasterized=False
-    )
+    steps = ScalarMappable(Normalize(1, len(loss)), DEPTH)
+    axes.scatter(level, loss, c=steps.to_rgba(np.arange(1, len(loss) + 1)), s=16, alpha=0.85, linewidths=0)
     if (loss > 0).all():
         _log_axis(axes, loss)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("prunable parameters kept")
     axes.set_ylabel("loss")
-    bar = figure.colorbar(dots, ax=axes, aspect=25, pad=0.02, label="search step")
-    bar.outline.set_visible(False)
-    bar.solids.set_alpha(1)
+    _colour_bar(figure, steps, axes).set_label("search step")
     return figure
 
 
@@ -216,12 +224,12 @@ def kept_widths(path: SolutionPath, fractions: Sequence[float]) -> Figure:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_yticks(range(len(pairs)), layer_labels([pair.name for pair in pairs]))
-        axes.set_xticks([0.1, 0.25, 0.5, 0.75, 1.0])
+        axes.set_xticks([0.25, 0.5, 0.75, 1.0])
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_title(KINDS[kind])
     figure.supxlabel("prunable parameters kept", fontsize=9)
-    bar = figure.colorbar(image, ax=grid, aspect=25, pad=0.015, format=PercentFormatter(1, decimals=0))
-    bar.outline.set_visible(False)
+    bar = _colour_bar(figure, image, grid)
+    bar.formatter = PercentFormatter(1, decimals=0)
     bar.set_label("share of the layer's units kept")
     return figure
 
@@ -234,21 +242,18 @@ def widths_by_layer(family: Mapping[str, Any]) -> Figure:
         family: the record of a family (``pathprune.report.record``).
     """
     full = dense_member(family)["widths"]
-    cells: dict[tuple[str, str], str] = {}  # (row label, kind) -> pair
-    rows: dict[str, None] = {}
-    kinds = [kind for kind in KINDS if any(name.endswith(f".{kind}") for name in full)]
-    for kind in kinds:
-        names = [name for name in full if name.endswith(f".{kind}")]
-        for label, name in zip(layer_labels(names), names, strict=True):
-            cells[label, kind] = name
-            rows[label] = None
+    named = {kind: [name for name in full if name.endswith(f".{kind}")] for kind in KINDS}
+    kinds = [kind for kind, names in named.items() if names]
+    label = {name: text for kind in kinds for name, text in zip(named[kind], layer_labels(named[kind]), strict=True)}
+    rows = list(dict.fromkeys(label[name] for name in full))  # an attention and an MLP of one label share a row
     members = family["members"]
     figure = Figure(figsize=(max(6.0, 0.9 + 2.45 * len(members)), 0.8 + 0.3 * len(rows)))
     grid = figure.subplots(1, len(members), squeeze=False, sharey=True)[0]
     for axes, member in zip(grid, members, strict=True):
-        for (label, kind), name in cells.items():
-            (heads, width), (all_heads, all_width) = member["widths"][name], full[name]
-            x, y = kinds.index(kind), list(rows).index(label)
+        for name, (all_heads, all_width) in full.items():
+            heads, width = member["widths"][name]
+            kind = name.rpartition(".")[2]
+            x, y = kinds.index(kind), rows.index(label[name])
             share = heads * width / (all_heads * all_width)
             axes.barh(y, 0.92, left=x, height=0.82, color="#f1f3f6")
             axes.barh(y, 0.92 * share, left=x, height=0.82, color=KIND_COLOURS[kind], alpha=0.6)
@@ -256,7 +261,7 @@ def widths_by_layer(family: Mapping[str, Any]) -> Figure:
             axes.text(x + 0.46, y, text, ha="center", va="center", fontsize=8)
         axes.set_title(member["name"])
         axes.set_xticks([x + 0.46 for x in range(len(kinds))], [KINDS[kind] for kind in kinds], fontsize=8)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), rows)
         axes.set_xlim(-0.04, len(kinds))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(False)
@@ -274,7 +279,7 @@ def latency(family: Mapping[str, Any]) -> Figure:
     """
     members = smaller_members(family)
     dense = dense_member(family)["latency_ms"]
-    figure = Figure(figsize=(max(5.5, 1.5 + 1.5 * len(members)), 3.4))
+    figure = Figure(figsize=(max(7.6, 1.5 + 1.5 * len(members)), 3.4))
     axes = figure.subplots()
     wide = 0.8 / len(dense)
     for i, batch in enumerate(dense):
@@ -308,6 +313,12 @@ def _by_kind(path: SolutionPath) -> dict[str, list[Pair]]:
     """The path's pairs by kind, in forward order; kinds that the model lacks are left out."""
     kinds = {kind: [pair for pair in path.pairs if pair.kind == kind] for kind in KINDS}
     return {kind: pairs for kind, pairs in kinds.items() if pairs}
+
+
+def _colour_bar(figure: Figure, colours: ScalarMappable, axes: Any) -> Colorbar:
+    bar = figure.colorbar(colours, ax=axes, aspect=25, pad=0.015)
+    bar.outline.set_visible(False)
+    return bar
 
 
 def _nothing(why: str) -> Figure:

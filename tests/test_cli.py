@@ -1,0 +1,156 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import VOCAB, tiny_bert
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import pathprune as pp
+from pathprune.path import SolutionPath
+
+COMMAND = [sys.executable, "-c", "from pathprune.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model with a tokenizer, and texts beside it."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    tiny_bert().save_pretrained(folder)
+    vocab = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(f"w{i}" for i in torch.randint(2, VOCAB, (6,), generator=generator)) for _ in range(64)]
+    (folder.parent / "texts.txt").write_text("\n".join(lines))
+    (folder.parent / "texts.jsonl").write_text("\n".join(json.dumps({"body": line}) for line in lines))
+    return folder
+
+
+def call(*args: object, check: int = 0) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, env=env)
+    assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def test_the_whole_pipeline(dense: Path, tmp_path: Path) -> None:
+    texts = dense.parent / "texts.txt"
+    facts = json.loads(call("inspect", dense, "--json").stdout)
+    assert len(facts["pairs"]) == 6
+    assert 0 < facts["prunable_fraction"] < 1
+    assert "encoder.layer.1.attention.qk" in call("inspect", dense).stdout
+
+    done = call("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 8, "--multiple", 2, "--seed", 3)
+    assert "pathprune slice" in done.stdout  # what to do next
+    assert "search" not in done.stderr  # no bar when piped
+    assert SolutionPath.load(tmp_path / "run").config["seed"] == 3
+
+    facts = json.loads(call("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half", "--json").stdout)
+    assert facts["prunable_params_kept_fraction"] <= 0.5
+    assert (tmp_path / "half" / "tokenizer.json").exists()
+    call("slice", tmp_path / "run", dense, "--params", facts["params"], "--out", tmp_path / "same")
+    call("slice", tmp_path / "run", dense, "--macs", 0.9, "--out", tmp_path / "macs")
+
+    facts = json.loads(
+        call(
+            "recover", tmp_path / "half", "--teacher", dense, "--data", dense.parent / "texts.jsonl", "--field", "body",
+            "--steps", 20, "--lr", 3e-3, "--out", tmp_path / "recovered", "--json",
+        ).stdout
+    )  # fmt: skip
+    assert facts["cosine_on_training_data"]["after"] > facts["cosine_on_training_data"]["before"]
+    facts = json.loads(
+        call("evaluate", tmp_path / "half", tmp_path / "recovered", "--teacher", dense, "--data", texts, "--json").stdout
+    )
+    rows = facts["models"]
+    assert [row["cosine"] for row in rows][0] == pytest.approx(1)
+    assert rows[1]["params"] == rows[2]["params"] < rows[0]["params"]
+    assert rows[1]["bytes_on_disk"] < rows[0]["bytes_on_disk"]
+    assert "half" in call("evaluate", tmp_path / "half", "--teacher", dense, "--data", texts).stdout
+
+
+def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+    texts = dense.parent / "texts.txt"
+    run = tmp_path / "run"
+    call("search", dense, "--data", texts, "--out", run, "--steps", 4)
+
+    def refused(message: str, *args: object) -> None:
+        done = call(*args, check=2)
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text("{")
+    new = tmp_path / "new"
+    refused("is empty", "search", dense, "--data", tmp_path / "empty.txt", "--out", new)
+    refused("cannot read", "search", dense, "--data", tmp_path / "absent.txt", "--out", new)
+    refused("is not text", "search", dense, "--data", tmp_path / "broken.jsonl", "--out", new)
+    refused("steps=1 must be", "search", dense, "--data", texts, "--out", new, "--steps", 1)
+    refused("cannot load a model", "inspect", tmp_path / "absent")
+    refused("exactly one of", "slice", run, dense, "--out", new)
+    refused("smallest model", "slice", run, dense, "--params", 10, "--out", new)
+    refused("not in (0, 1]", "slice", run, dense, "--keep", 1.5, "--out", new)
+    refused("neither a fraction", "slice", run, dense, "--params", "many", "--out", new)
+    refused("holds no complete path", "slice", tmp_path / "absent", dense, "--keep", 0.5, "--out", new)
+    refused("begun with", "search", dense, "--data", texts, "--out", run, "--steps", 5, "--resume")
+    tiny_bert(seed=1).save_pretrained(tmp_path / "other")
+    refused("another model", "slice", run, tmp_path / "other", "--keep", 0.5, "--out", new)
+    refused("cannot write", "slice", run, dense, "--keep", 0.5, "--out", texts / "below-a-file")
+    refused("is not a model folder", "slice", run, dense, "--keep", 0.5, "--out", run)
+    assert not new.exists()
+    tensors = next(run.glob("path-*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    refused("truncated", "slice", run, dense, "--keep", 0.5, "--out", new)
+    refused("No such option", "search", "--nonsense")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "empty.txt", "other", "run"]
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
+    texts, out = dense.parent / "texts.txt", tmp_path / "run"
+    command = [*COMMAND, "search", dense, "--data", texts, "--out", out, "--steps", "3000", "--batch-size", "4"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def step() -> Any:
+        try:
+            return json.loads((out / "checkpoint.json").read_text())["step"]
+        except (OSError, ValueError):
+            return None
+
+    deadline = time.monotonic() + 120
+    while not step() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    reached = step()
+    assert 0 < reached < 2880
+    call("search", dense, "--data", texts, "--out", out, "--steps", 3000, "--batch-size", 4, "--resume", "--json")
+    path = SolutionPath.load(out)
+    assert len(path.trajectory.loss) == 2880
+    assert not (out / "checkpoint.json").exists()
+
+
+def test_help_is_instant_and_version_agrees() -> None:
+    started = []
+    for _ in range(3):
+        start = time.perf_counter()
+        text = call("--help").stdout
+        started.append(time.perf_counter() - start)
+    for command in ("inspect", "search", "slice", "recover", "evaluate", "report", "demo"):
+        assert command in text
+    assert min(started) < 0.5
+    assert call("--version").stdout.strip() == pp.__version__

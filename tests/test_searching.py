@@ -1,0 +1,220 @@
+"""The search loop: what it visits, what it leaves on disk, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_batches, tiny_bert
+from torch import nn
+
+import pathprune as pp
+from pathprune import searching
+from pathprune.budget import Budget
+from pathprune.data import Batches
+from pathprune.path import SolutionPath
+
+
+def run(model: nn.Module, **settings: Any) -> SolutionPath:
+    return pp.search(model, tiny_batches(), **{"steps": 12, "multiple": 2, "progress": False, **settings})
+
+
+def same_path(a: SolutionPath, b: SolutionPath) -> None:
+    for name in a.ranking:
+        np.testing.assert_array_equal(a.ranking[name], b.ranking[name])
+    for name in a.fill:
+        np.testing.assert_array_equal(a.fill[name], b.fill[name])
+    np.testing.assert_array_equal(a.trajectory.loss, b.trajectory.loss)
+
+
+@pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
+def test_search_gives_a_complete_path(dynamics: str, tmp_path: Path) -> None:
+    model = tiny_bert()
+    path = run(model, dynamics=dynamics, out=tmp_path)
+    assert path.trajectory.gamma_l1.shape == (11, len(path.pairs))
+    assert path.config["dynamics"] == dynamics
+    assert path.config["seed"] == 0
+    assert {"torch", "transformers", "pathprune"} <= set(path.versions)
+    again = SolutionPath.load(tmp_path)
+    same_path(path, again)
+    assert not list(tmp_path.glob("checkpoint*"))
+    sizes = [path.select(Budget(keep=keep)).pair_params for keep in (1.0, 0.7, 0.4)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    visited = []
+    original = searching._Run._step
+
+    def spy(self: Any, batch: Any) -> Any:
+        dual = self.driver.ranking().clone()
+        result = original(self, batch)
+        masks = {name: mask.detach().bool().numpy() for name, mask in self.masks.items()}
+        visited.append((self.path(dual), self.level[-1], masks))
+        return result
+
+    monkeypatch.setattr(searching._Run, "_step", spy)
+    run(model, unit="mixed")
+    assert len({level for _, level, _ in visited}) == len(visited) == 11
+    for path, level, masks in visited:
+        shipped = path.select(Budget(keep=level))
+        for name, keep in shipped.keep.items():
+            np.testing.assert_array_equal(masks[name], keep)
+
+
+def test_the_ranking_follows_the_loss() -> None:
+    """A neuron that the model cannot do without ends above neurons that do nothing."""
+    model = tiny_bert()
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        layer.output.dense.weight[:, :8] = 0  # eight idle neurons
+    path = run(model, steps=40, multiple=1)
+    ranking = path.ranking["encoder.layer.0.mlp"][0]
+    assert ranking[:8].max() < np.median(ranking[8:])
+
+
+def test_same_seed_same_path_and_other_seed_other_path() -> None:
+    first, second, third = run(tiny_bert()), run(tiny_bert()), run(tiny_bert(), seed=1)
+    same_path(first, second)
+    assert any((first.ranking[name] != third.ranking[name]).any() for name in first.ranking)
+
+
+def test_model_is_as_it_was(tmp_path: Path) -> None:
+    model = tiny_bert().train()
+    model.pooler.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    run(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Interrupting:
+    """Data that is interrupted once, at its ``at``-th batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.seen = at, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in tiny_batches():
+            self.seen += 1
+            if self.seen == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
+@pytest.mark.parametrize("at", [9, 14])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    dynamics: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
+    whole = run(tiny_bert(), dynamics=dynamics)
+    settings: dict[str, Any] = {"steps": 12, "multiple": 2, "dynamics": dynamics, "progress": False, "out": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        pp.search(tiny_bert(), Interrupting(at), **settings)
+    assert (tmp_path / "checkpoint.json").exists()
+    resumed = pp.search(tiny_bert(), tiny_batches(), resume=True, **settings)
+    same_path(whole, resumed)
+    same_path(whole, pp.search(tiny_bert(), tiny_batches(), resume=True, **settings))  # now it is finished
+
+
+def test_resume_refuses_other_settings_other_models_and_nothing(tmp_path: Path) -> None:
+    model = tiny_bert()
+    with pytest.raises(pp.ArtifactError, match="does not exist"):
+        run(model, out=tmp_path / "empty", resume=True)
+    with pytest.raises(pp.ArtifactError, match="needs out="):
+        run(model, resume=True)
+    run(model, out=tmp_path)
+    with pytest.raises(pp.MismatchError, match="begun with steps=12, now 20"):
+        run(model, out=tmp_path, resume=True, steps=20)
+    with pytest.raises(pp.MismatchError, match="another model"):
+        run(tiny_bert(seed=1), out=tmp_path, resume=True)
+
+
+def test_nan_loss_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 2)
+
+    class Breaking(searching.get_objective("embedding").__class__):  # type: ignore[misc]
+        calls = 0
+
+        def loss(self, *args: Any) -> Any:
+            self.calls += 1
+            return super().loss(*args) * (float("nan") if self.calls == 5 else 1)
+
+    model = tiny_bert()
+    with pytest.raises(pp.DataError, match=r"loss is nan at step 4.*float32"):
+        run(model, objective=Breaking(), out=tmp_path)
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 4
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_bad_data_is_refused() -> None:
+    model = tiny_bert()
+    with pytest.raises(pp.DataError, match="data is empty"):
+        pp.search(model, [])
+    with pytest.raises(pp.DataError, match="only once"):
+        pp.search(model, iter(tiny_batches()))
+    with pytest.raises(pp.DataError, match=r"BertModel does not take labels, texts; it takes .*input_ids"):
+        pp.search(model, [{"texts": torch.ones(1, 2), "labels": torch.ones(1)}])
+    with pytest.raises(pp.DataError, match="must be a dict"):
+        pp.search(model, [torch.ones(2, 2)])  # type: ignore[list-item]
+    with pytest.raises(pp.DataError, match="must be a tensor"):
+        pp.search(model, [{"input_ids": [[1, 2]]}])  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 1}, "steps=1 must be at least 2"),
+        ({"dynamics": "magic"}, "dynamics='magic' is not one of sampled, lbi, spp-released"),
+        ({"objective": "magic"}, "objective='magic' is not one of"),
+        ({"unit": "magic"}, "unit='magic' is not one of"),
+        ({"multiple": 0}, "multiple=0 must be at least 1"),
+        ({"lowest_level": 1.0}, "lowest_level=1.0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"learning_rate": 1.0}, "unknown search setting 'learning_rate'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(pp.DataError, match=message):
+        run(tiny_bert(), **settings)
+
+
+def test_unwritable_out_fails_before_the_search(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(pp.ArtifactError, match="cannot write checkpoint"):
+        run(tiny_bert(), out=file / "run")
+    assert file.read_text() == "in the way"
+
+
+def test_batches_start_over_and_move_to_the_model() -> None:
+    model = tiny_bert()
+    batches = Batches(model, tiny_batches()[:2])
+    taken = batches.take(5)
+    assert len(taken) == 5
+    assert torch.equal(taken[0]["input_ids"], taken[2]["input_ids"])
+    assert batches.seq_len == taken[0]["input_ids"].shape[1]
+
+
+def test_dense_outputs_are_computed_once_per_batch() -> None:
+    from pathprune.objectives import EmbeddingObjective, Targets
+
+    model = tiny_bert()
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    targets = Targets(model, EmbeddingObjective())
+    first, second = tiny_batches()[:2]
+    assert torch.equal(targets(first), targets({key: value.clone() for key, value in first.items()}))
+    targets(second)
+    assert len(calls) == 2
