@@ -88,6 +88,32 @@ def run_model(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return output[real] if output.shape[:2] == real.shape else output
 
 
+def assert_same_model(one: nn.Module, other: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """The same parameters to the last bit; outputs but for rounding, which depends on where in memory weights lie."""
+    parameters = dict(other.named_parameters())
+    assert parameters.keys() == dict(one.named_parameters()).keys()
+    for name, parameter in one.named_parameters():
+        assert parameter.dtype == parameters[name].dtype
+        assert torch.equal(parameter, parameters[name]), name
+    rounding = 4 * torch.finfo(parameter.dtype).eps
+    expected = run_model(one, inputs)
+    assert (run_model(other, inputs) - expected).abs().max() <= max(rounding, 1e-12) * expected.abs().max()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that must be as before: values, flags, hooks, attributes, and the random state."""
+    parts: dict[str, Any] = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        parts[f"requires_grad of {name}"] = (parameter.requires_grad, parameter.grad)
+    for name, module in model.named_modules():
+        hooks = [value for key, value in vars(module).items() if "hook" in key]
+        simple = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | None)}
+        parts[f"module {name}"] = (type(module), [len(hook) for hook in hooks if hasattr(hook, "__len__")], simple)
+    parts["config"] = model.config.to_json_string() if hasattr(model, "config") else None
+    parts["random state"] = torch.get_rng_state().numpy().tobytes()
+    return parts
+
+
 @pytest.fixture(scope="session")
 def subjects() -> dict[str, Subject]:
     models = {family: tiny_model(family) for family in TINY}

@@ -12,7 +12,7 @@ import torch
 from conftest import Subject, run_model, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CASES, budgets, paths, selection_of
+from strategies import CASES, budgets, mlp_pair, pair_list, paths, selection_of
 from torch import Tensor, nn
 
 from pathprune.budget import Budget, Selection, dense_macs
@@ -155,9 +155,10 @@ def test_what_is_not_a_budget_is_refused(given_budget: dict[str, Any], message: 
         Budget(**given_budget)
 
 
-@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), 0.5])
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5)])
 def test_numbers_of_numpy_are_numbers(number: Any) -> None:
     assert Budget(keep=number).value == 0.5
+    assert Budget(params=np.int64(7)).value == 7
 
 
 def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -199,6 +200,16 @@ def test_a_pooler_counts_once_a_sequence() -> None:
     model = tiny_model("bert", "BertModel")
     selection = selection_of(find_pairs(model), "uneven")
     assert selection.macs == pytest.approx(real_macs(slice_model(model, selection), selection.seq_len), abs=1)
+
+
+def test_the_remedy_of_an_impossible_budget_works() -> None:
+    """116 of 200 parameters stay; 0.58 * 200 is less than 116 in floating point."""
+    pairs = pair_list([mlp_pair("b", 7, bias=False)], outside=116)
+    path = SolutionPath.from_scores(pairs, {"b.mlp": np.ones((1, 7))})
+    with pytest.raises(BudgetError, match="116 of 200; ask for params=.* or more") as error:
+        path.select(Budget(params=0.5))
+    value = float(str(error.value).split("params=")[-1].split()[0])
+    assert path.select(Budget(params=value)).params == 116
 
 
 def test_a_budget_says_what_it_is_of(subject: Subject) -> None:

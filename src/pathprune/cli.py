@@ -110,7 +110,7 @@ def search(
     dynamics: Annotated[Dynamics, typer.Option(help="How the path is found.")] = Dynamics.sampled,
     steps: Annotated[int, typer.Option(help="Forward-backward passes.")] = 400,
     unit: Annotated[UnitName, typer.Option(help="What an attention layer may lose.")] = UnitName.mixed,
-    multiple: Annotated[int, typer.Option(help="Keep widths at multiples of this.")] = 4,
+    multiple: Annotated[int, typer.Option(help="Keep widths at multiples of this.")] = 8,
     batch_size: BatchOpt = 16,
     max_length: LengthOpt = 48,
     field: FieldOpt = "text",

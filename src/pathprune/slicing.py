@@ -20,6 +20,7 @@ slicing and loading share it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -275,6 +276,7 @@ def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 def _linear(shape: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Linear:
     sizes = (shape["in_features"], shape["out_features"], shape["bias"])
-    with torch.device("meta"):  # skip the initialisation of weights that are about to be replaced
+    with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
         linear = PaddedLinear(*sizes, **shape["pad"], dtype=dtype) if shape["pad"] else nn.Linear(*sizes, dtype=dtype)
     return linear if device.type == "meta" else linear.to_empty(device=device)

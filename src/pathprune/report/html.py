@@ -32,7 +32,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         os.replace(part, target)
     except OSError as error:
         raise ArtifactError(
-            f"cannot write {target}: {error.strerror or error}. Free some space, or choose a folder that you may write to"
+            f"cannot write {target}: {error.strerror or error}. "
+            "Free some space, or choose a folder that you may write to"
         ) from error
     finally:
         part.unlink(missing_ok=True)
@@ -56,7 +57,6 @@ def _page(family: Mapping[str, Any], path: SolutionPath) -> str:
         "percent": "{:.1%}".format,
     }
     smaller = record.smaller_members(family)
-    recovery = any(record.recovered(member) for member in smaller)
     return environment.from_string(PAGE).render(
         family=family,
         title=record.title(family),
@@ -65,7 +65,7 @@ def _page(family: Mapping[str, Any], path: SolutionPath) -> str:
         smaller=smaller,
         headline=next(iter(family["metrics"])),
         batches=sorted(record.dense_member(family)["latency_ms"], key=int),
-        parts={"before": "before", "after": "after"} if recovery else {"before": "no recovery"},
+        recovery=any(map(record.recovered, smaller)),
         recovered=record.recovered,
         reached=record.reached,
         speed_up=lambda member, batch: record.speed_up(family, member, batch),
@@ -85,8 +85,8 @@ def _summary(family: Mapping[str, Any]) -> str:
     model, smaller = family["model"], sorted(record.smaller_members(family), key=lambda member: -member["params"])
     key, metric = next(iter(family["metrics"].items()))
     sentences = [
-        f"One search ranked what can be removed from {record.title(family)}: {record.count(model['prunable_params'])} of "
-        f"its {record.count(model['params'])} parameters."
+        f"One search ranked what can be removed from {record.title(family)}: "
+        f"{record.count(model['prunable_params'])} of its {record.count(model['params'])} parameters."
     ]
     for member in smaller[:: max(1, len(smaller) - 1)]:
         size = f"{member['name']} keeps {member['params_fraction_of_whole_model']:.0%} of all parameters"
@@ -131,18 +131,6 @@ def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, 
             "Read from right to left, every row shows how one layer narrows as less of the model is kept; a row that "
             "stays dark for long matters most, and the dashed lines mark the models above.",
         ),
-        (
-            "The solution path",
-            plots.solution_path(path),
-            "Each line is one layer, coloured by depth: the higher it stands and the earlier it leaves zero, the more "
-            "of that layer's units the search found worth keeping (the panels have scales of their own).",
-        ),
-        (
-            "Loss along the search",
-            plots.loss_by_level(path),
-            "Each dot is one step of the search; where lighter dots, from later steps, lie below darker ones, the "
-            "search found better units to keep at that size.",
-        ),
     ]
     if record.dense_member(family)["latency_ms"]:
         speed = (
@@ -153,4 +141,19 @@ def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, 
             "slower.",
         )
         pictures.insert(1, speed)
+    if len(path.trajectory.loss):
+        pictures += [
+            (
+                "The solution path",
+                plots.solution_path(path),
+                "Each line is one layer, coloured by depth: the higher it stands and the earlier it leaves zero, the "
+                "more of that layer's units the search found worth keeping (the panels have scales of their own).",
+            ),
+            (
+                "Loss along the search",
+                plots.loss_by_level(path),
+                "Each dot is one step of the search; where lighter dots, from later steps, lie below darker ones, the "
+                "search found better units to keep at that size.",
+            ),
+        ]
     return pictures

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -97,14 +98,14 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
 
 @_as_svg
 def quality_by_size(family: Mapping[str, Any]) -> Figure:
-    """Quality against size: one panel per metric, before and after recovery.
+    """Quality against size: one panel per metric, one line per stage.
 
     Args:
         family: the record of a family (``pathprune.report.record``).
     """
     metrics = family["metrics"]
-    columns = min(3, len(metrics))
-    rows = -(-len(metrics) // columns)
+    rows = math.ceil(len(metrics) / 3)
+    columns = math.ceil(len(metrics) / rows)
     figure = Figure(figsize=(max(5.0, 3.2 * columns), 2.9 * rows + 0.3))
     members = sorted(family["members"], key=lambda member: member["params"])
     sizes = [member["params"] / 1e6 for member in members]

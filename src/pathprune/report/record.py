@@ -24,7 +24,7 @@ FAMILY = {
     "versions": dict,
     "date": str,
 }
-MODEL = {"architecture": str, "params": int, "prunable_params": int}
+MODEL = {"name": (str, type(None)), "architecture": str, "params": int, "prunable_params": int}
 METRIC = {"label": str, "text": str, "dense": NUMBER}
 MEMBER = {
     "name": str,
@@ -173,6 +173,8 @@ def _check(family: Any) -> None:
         raise ValueError(f"it has format {family.get('format')!r}, this pathprune reads format {FORMAT}")
     _expect("it", family, FAMILY)
     _expect("model", family["model"], MODEL)
+    _expect("seconds", family["seconds"], dict.fromkeys(family["seconds"], NUMBER))
+    _expect("versions", family["versions"], dict.fromkeys(family["versions"], str))
     for name, metric in family["metrics"].items():
         _expect(f"metrics.{name}", metric, METRIC)
     for i, member in enumerate(family["members"]):

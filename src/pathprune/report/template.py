@@ -91,14 +91,12 @@ dd { margin: 0; }
 <th rowspan="2" scope="col">latency<br>batch {{ batch }}</th>
 {% endfor %}
 {% for metric in family.metrics.values() %}
-<th scope="colgroup" colspan="{{ parts|length }}">{{ metric.label }}</th>
+<th {{ 'colspan="2" scope="colgroup"'|safe if recovery else 'rowspan="2" scope="col"'|safe }}>{{ metric.label }}</th>
 {% endfor %}
 </tr>
 <tr>
-{% for metric in family.metrics %}
-{% for when in parts.values() %}
-<th scope="col">{{ when }}</th>
-{% endfor %}
+{% for metric in family.metrics if recovery %}
+<th scope="col">before</th><th scope="col">after</th>
 {% endfor %}
 </tr>
 </thead>
@@ -115,7 +113,7 @@ dd { margin: 0; }
 <td>{{ member.latency_ms[batch]|milliseconds }} <small>{{ "%.2f"|format(speed_up(member, batch)) }}×</small></td>
 {% endfor %}
 {% for metric in family.metrics %}
-{% for part in parts %}
+{% for part in ["before", "after"][:2 if recovery else 1] %}
 <td>{{ "%.3f"|format(member.quality[part][metric]) if part in member.quality else "–" }}</td>
 {% endfor %}
 {% endfor %}
@@ -126,8 +124,10 @@ dd { margin: 0; }
 </div>
 <p class="notes">
 1 MB is a million bytes. MACs are multiply-accumulates of the whole model per token, at {{ dense.seq_len }} tokens;
+{% if batches %}
 × is the dense model's latency over this one's, measured at {{ family.latency_tokens }} tokens;
-{{ "before and after refer to the recovery." if "after" in parts else "no recovery was run." }}
+{% endif %}
+{{ "before and after refer to the recovery." if recovery else "no recovery was run." }}
 {% for metric in family.metrics.values() %}
 {{ metric.label }}: {{ metric.text }}.
 {% endfor %}

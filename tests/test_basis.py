@@ -1,0 +1,148 @@
+"""Balanced bases leave the function as it is, and order its directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Subject, snapshot, tiny_inputs
+from torch import Tensor, nn
+
+from pathprune.basis import Calibration, calibrate
+from pathprune.discovery import fillable, rotatable
+from pathprune.masks import attach_masks
+from pathprune.pairs import Pair, Slot
+
+BATCHES = [tiny_inputs(seed, batch=8, length=12) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def calibrations(subjects: dict[str, Subject]) -> dict[str, Calibration]:
+    return {f: calibrate(s.model, s.pairs, BATCHES, rotate=True, fill=True) for f, s in subjects.items()}
+
+
+@pytest.fixture
+def calibration(subject: Subject, calibrations: dict[str, Calibration]) -> Calibration:
+    return calibrations[subject.family]
+
+
+def activations(subject: Subject, slot: Slot, heads: int) -> Tensor:
+    """Inner activations of one map over all real tokens, (tokens, heads, D)."""
+    module, seen = subject.model.get_submodule(slot.module), []
+
+    def on_output(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    def on_input(module: nn.Module, args: Any) -> None:
+        seen.append(args[0])
+
+    out = slot.side == "out"
+    handle = module.register_forward_hook(on_output) if out else module.register_forward_pre_hook(on_input)
+    with torch.no_grad():
+        for batch in BATCHES:
+            subject.model(**batch)
+    handle.remove()
+    real = [y[batch["attention_mask"].bool()] for y, batch in zip(seen, BATCHES, strict=True)]
+    return torch.cat(real).unflatten(-1, (heads, -1))
+
+
+def sides(subject: Subject, pair: Pair, basis: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Second moments (G, D, D) of the masked side and its partner, in the balanced basis."""
+    rotation = torch.from_numpy(basis).double()
+    ours = activations(subject, pair.mask_slot, pair.groups)
+    ours = torch.einsum("ged,tgd->tge", rotation, ours - ours.mean(0))
+    partner = torch.linalg.inv(rotation).mT
+    if pair.kind == "qk":
+        query = pair.slots[0]
+        theirs = activations(subject, query, pair.groups * query.repeat).unflatten(1, (pair.groups, -1))
+        theirs = torch.einsum("ged,tgrd->tgre", partner, theirs)
+        theirs = torch.einsum("tgre,tgrf->gef", theirs, theirs) / len(theirs)
+    else:
+        weight = subject.model.get_submodule(pair.consumer.module).weight.detach()
+        heads = weight.unflatten(1, (pair.groups, -1, pair.width))  # (o, G, R, D)
+        theirs = torch.einsum("ged,ogrd->ogre", partner, heads)
+        theirs = torch.einsum("ogre,ogrf->gef", theirs, theirs)
+    return torch.einsum("tge,tgf->gef", ours, ours) / len(ours), theirs
+
+
+def test_full_masks_in_the_balanced_basis_are_the_dense_model(subject: Subject, calibration: Calibration) -> None:
+    masks = {pair.name: torch.ones(pair.shape) for pair in subject.pairs}
+    fill = {name: torch.from_numpy(mean) for name, mean in calibration.mean.items()}
+    with attach_masks(subject.model, subject.pairs, masks, fill, calibration.basis):
+        got = subject.output()
+    torch.testing.assert_close(got, subject.output(), rtol=1e-8, atol=1e-8)
+
+
+def test_every_pair_that_may_be_rotated_or_filled_is(subject: Subject, calibration: Calibration) -> None:
+    assert set(calibration.basis) == {pair.name for pair in subject.pairs if rotatable(pair)}
+    assert set(calibration.mean) == set(calibration.std) == {pair.name for pair in subject.pairs if fillable(pair)}
+    for pair in subject.pairs:
+        if rotatable(pair):
+            assert calibration.basis[pair.name].shape == (pair.groups, pair.width, pair.width)
+        if fillable(pair):
+            assert calibration.mean[pair.name].shape == calibration.std[pair.name].shape == (pair.groups, pair.width)
+
+
+def test_both_sides_have_the_same_diagonal_sorted_second_moment(subject: Subject, calibration: Calibration) -> None:
+    for pair in subject.pairs:
+        if pair.name not in calibration.basis:
+            continue
+        ours, theirs = sides(subject, pair, calibration.basis[pair.name])
+        diagonal = ours.diagonal(dim1=-2, dim2=-1)
+        scale = diagonal.max()
+        for moment in (ours, theirs):
+            assert (moment - torch.diag_embed(diagonal)).abs().max() < 1e-4 * scale, pair.name
+        assert (diagonal.diff(dim=-1) <= 1e-6 * scale).all(), f"{pair.name}: directions in descending order"
+        assert (diagonal > 0).all()
+
+
+def test_mean_and_spread_are_those_of_the_activation_in_the_basis(subject: Subject, calibration: Calibration) -> None:
+    for pair in subject.pairs:
+        if pair.name not in calibration.mean:
+            continue
+        slot = pair.mask_slot
+        inner = activations(subject, slot, pair.groups)
+        if pair.name in calibration.basis:
+            inner = torch.einsum("ged,tgd->tge", torch.from_numpy(calibration.basis[pair.name]).double(), inner)
+        np.testing.assert_allclose(calibration.mean[pair.name], inner.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(calibration.std[pair.name], inner.std(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> None:
+    """Other words under the padding are not read."""
+    garbled = [
+        {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 1)} for batch in BATCHES
+    ]
+    assert any(not torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(BATCHES, garbled, strict=True))
+    again = calibrate(subject.model, subject.pairs, garbled, rotate=True, fill=True)
+    for part in ("basis", "mean", "std"):
+        for name, array in getattr(calibration, part).items():
+            np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_nothing_is_gathered_where_nothing_is_wanted(subject: Subject) -> None:
+    empty = calibrate(subject.model, subject.pairs, BATCHES[:1], rotate=False, fill=False)
+    assert empty == Calibration()
+
+
+def test_dead_directions_are_no_trouble(subject: Subject) -> None:
+    """One token: second moments of rank one, and of rank zero once centred."""
+    one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
+    found = calibrate(subject.model, subject.pairs, [one], rotate=True, fill=True)
+    for name, basis in found.basis.items():
+        assert np.isfinite(basis).all(), name
+        assert np.isfinite(np.linalg.inv(basis.astype(np.float64))).all(), name
+
+
+def test_the_model_is_left_as_it_was(subject: Subject) -> None:
+    def interrupted() -> Iterator[dict[str, Tensor]]:
+        yield BATCHES[0]
+        raise ZeroDivisionError
+
+    before = snapshot(subject.model)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(subject.model, subject.pairs, interrupted(), rotate=True, fill=True)
+    assert snapshot(subject.model) == before

@@ -1,0 +1,307 @@
+"""Pairs are found by structure, proved on a tiny input, and refused with a reason where the proof fails."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs, tiny_model
+from strategies import selection_of
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from pathprune.discovery import check_base, fillable, find_pairs, rotatable
+from pathprune.errors import MismatchError, UnsupportedModelError
+from pathprune.masks import masked
+from pathprune.pairs import Pair, PairList
+from pathprune.slicing import slice_model
+
+
+def tiny(family: str, model: str = "Model", **settings: Any) -> Any:
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, "num_attention_heads": 4, **settings})
+    return randomise(getattr(transformers, family + model)(config).double().eval())
+
+
+def by_name(pairs: PairList) -> dict[str, Pair]:
+    return {pair.name: pair for pair in pairs}
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "groups", "repeat", "width", "rotary", "maps", "biases"),
+    [
+        ("bert", "bert.encoder.layer.1.attention", 3, 1, 8, False, ["query", "key", "value", "dense"], "bbbb"),
+        ("llama", "model.layers.1.self_attn", 2, 4, 8, True, ["q_proj", "k_proj", "v_proj", "o_proj"], "...."),
+        ("qwen2", "layers.1.self_attn", 2, 2, 6, True, ["q_proj", "k_proj", "v_proj", "o_proj"], "bbb."),
+    ],
+)
+def test_attention_pairs_are_as_expected(
+    subjects: dict[str, Subject],
+    family: str,
+    prefix: str,
+    groups: int,
+    repeat: int,
+    width: int,
+    rotary: bool,
+    maps: list[str],
+    biases: str,
+) -> None:
+    pairs = by_name(subjects[family].pairs)
+    qk, vo = pairs[f"{prefix}.qk"], pairs[f"{prefix}.vo"]
+    assert (qk.kind, vo.kind) == ("qk", "vo")
+    assert qk.block == vo.block == prefix
+    assert qk.groups == vo.groups == groups
+    assert qk.width == vo.width == width
+    assert (qk.rotary, vo.rotary) == (rotary, False)
+    assert (qk.units, vo.units) == (width // (2 if rotary else 1), width)
+    slots = (*qk.slots, *vo.slots)
+    assert [slot.module.rpartition(".")[2] for slot in slots] == maps
+    assert [slot.side for slot in slots] == ["out", "out", "out", "in"]
+    assert [slot.repeat for slot in slots] == [repeat, 1, 1, repeat]
+    assert [slot.bias for slot in slots] == [mark == "b" for mark in biases]
+    assert {slot.size for slot in slots} == {COMMON["hidden_size"]}
+    assert rotatable(qk) is not rotary
+    assert rotatable(vo)
+    assert fillable(vo) == (biases[3] == "b")
+    assert not fillable(qk)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "maps", "bias"),
+    [
+        ("bert", "bert.encoder.layer.0.mlp", ["intermediate.dense", "output.dense"], True),
+        ("llama", "model.layers.0.mlp", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"], False),
+        ("qwen2", "layers.0.mlp", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"], False),
+    ],
+)
+def test_mlp_pairs_are_as_expected(
+    subjects: dict[str, Subject], family: str, name: str, maps: list[str], bias: bool
+) -> None:
+    pair = by_name(subjects[family].pairs)[name]
+    assert (pair.kind, pair.groups, pair.width, pair.units) == ("mlp", 1, 20, 20)
+    assert [".".join(slot.module.split(".")[-2:]) for slot in pair.slots] == maps
+    assert [slot.side for slot in pair.slots] == ["out"] * (len(maps) - 1) + ["in"]
+    assert fillable(pair) == bias
+    assert not rotatable(pair)
+
+
+def test_every_layer_offers_three_pairs_and_nothing_is_refused(subject: Subject) -> None:
+    assert len(subject.pairs) == 3 * COMMON["num_hidden_layers"]
+    assert subject.pairs.refused == {}
+    assert subject.pairs.base.params == sum(parameter.numel() for parameter in subject.model.parameters())
+    assert subject.pairs.prunable_params == sum(
+        subject.model.get_submodule(slot.module).weight.numel()
+        + (slot.side == "out" and slot.bias and subject.model.get_submodule(slot.module).bias.numel())
+        for pair in subject.pairs
+        for slot in pair.slots
+    )
+
+
+def test_pairs_stand_in_forward_order(subject: Subject) -> None:
+    called: list[str] = []
+    names = {pair.slots[0].module: pair.name for pair in subject.pairs}
+    handles = [
+        subject.model.get_submodule(module).register_forward_hook(lambda *_, name=name: called.append(name))
+        for module, name in names.items()
+    ]
+    subject.output()
+    for handle in handles:
+        handle.remove()
+    assert [pair.block for pair in subject.pairs] == [by_name(subject.pairs)[name].block for name in called]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(subject: Subject, training: bool) -> None:
+    model = copy.deepcopy(subject.model).train(training)
+    for i, (parameter, module) in enumerate(zip(model.parameters(), model.modules(), strict=False)):
+        parameter.requires_grad_(i % 2 == 0)
+        module.training = i % 3 == 0
+    before = snapshot(model)
+    found = find_pairs(model)
+    assert snapshot(model) == before
+    assert list(found) == list(subject.pairs)
+
+
+def test_pairs_of_a_low_precision_model_are_proved_all_the_same(subject: Subject) -> None:
+    assert list(find_pairs(copy.deepcopy(subject.model).bfloat16())) == list(subject.pairs)
+
+
+Forward = Callable[..., Any]
+
+
+def leaky(forward: Forward) -> Forward:
+    """An attention that also reads the length of each query, which a sliced one cannot know."""
+
+    def patched(self: BertSelfAttention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        context, *rest = forward(self, hidden_states, *args, **kwargs)
+        return (context + self.query(hidden_states).abs().sum(-1, keepdim=True), *rest)
+
+    return patched
+
+
+def test_an_attention_that_slicing_would_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Bert")
+    monkeypatch.setattr(BertSelfAttention, "forward", leaky(BertSelfAttention.forward))
+    pairs = find_pairs(model)
+    assert {pair.kind for pair in pairs} == {"mlp"}
+    assert set(pairs.refused) == {"encoder.layer.0.attention", "encoder.layer.1.attention"}
+    assert all("sliced and masked outputs differ by" in reason for reason in pairs.refused.values())
+
+
+def test_one_layer_that_is_not_like_the_others_is_refused(subjects: dict[str, Subject]) -> None:
+    """The proof of one layer is none for a layer that computes something else with the same maps."""
+    model = copy.deepcopy(subjects["bert"].model)
+    odd = model.bert.encoder.layer[1].attention.self
+    odd.forward = types.MethodType(leaky(BertSelfAttention.forward), odd)
+    pairs = find_pairs(model)
+    assert "bert.encoder.layer.1.attention" in pairs.refused
+    assert "bert.encoder.layer.0.attention.qk" in by_name(pairs)
+
+
+def test_a_hook_of_the_user_s_is_part_of_the_layer(subjects: dict[str, Subject]) -> None:
+    model = copy.deepcopy(subjects["bert"].model)
+    odd = model.bert.encoder.layer[1].attention.self
+
+    def leak(module: BertSelfAttention, args: tuple[Tensor, ...], output: Any) -> Any:
+        return (output[0] + module.query(args[0]).abs().sum(-1, keepdim=True), *output[1:])
+
+    odd.register_forward_hook(leak)
+    assert "bert.encoder.layer.1.attention" in find_pairs(model).refused
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        # Rotary embedding of neighbouring, not of opposite dimensions.
+        ("Cohere", {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "outputs differ"),
+        # Norms on queries and keys.
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 6}, "sliced, it does not run"),
+        # Rotary embedding of a part of the head.
+        ("StableLm", {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": PARTIAL}, "outputs differ"),
+    ],
+)
+def test_attention_of_another_kind_is_refused_and_its_mlp_is_not(
+    family: str, settings: dict[str, Any], reason: str
+) -> None:
+    pairs = find_pairs(tiny(family, **settings))
+    assert {pair.kind for pair in pairs} == {"mlp"}
+    assert set(pairs.refused) == {"layers.0.self_attn", "layers.1.self_attn"}
+    assert all(reason in text for text in pairs.refused.values())
+
+
+def test_tied_maps_are_refused(subjects: dict[str, Subject]) -> None:
+    model = copy.deepcopy(subjects["llama"].model)
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    refused = find_pairs(model).refused
+    assert refused == {
+        f"model.layers.{i}.mlp": f"model.layers.{i}.mlp.up_proj shares its weight with another module" for i in range(2)
+    }
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def resnet() -> nn.Module:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    return transformers.ResNetModel(config)
+
+
+def sliced() -> nn.Module:
+    model = tiny("Bert")
+    return slice_model(model, selection_of(find_pairs(model), "uneven"))
+
+
+def albert() -> nn.Module:
+    return tiny("Albert", embedding_size=8)
+
+
+class Lone(nn.Module):
+    """Looks like an MLP, but is no model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (sequential, r"Sequential: no attention or MLP in a known layout among its 2 linear maps\. Looked for query"),
+        (resnet, r"ResNetModel: no attention or MLP in a known layout among its 0 linear maps"),
+        (sliced, r"BertModel is quantised or already sliced; search the dense, unquantised model"),
+        (albert, r"AlbertModel: no attention .*albert_layers\.0\.attention: no linear map for output"),
+        (Lone, r"Lone did not run on a tiny input, so nothing could be proved"),
+        (nn.Identity, r"Identity: no attention or MLP"),
+    ],
+)
+def test_unsupported_models_are_refused_with_what_was_found(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_pairs(build())
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "settings"),
+    [
+        ("Bert", "ForSequenceClassification", {}),
+        ("Roberta", "Model", {"max_position_embeddings": 40}),
+        ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 5}),
+        ("Gemma2", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 6, "sliding_window": 5, "pad_token_id": 0}),
+    ],
+)
+@pytest.mark.parametrize("case", ["uneven", "fewer heads", "no attention"])
+def test_what_was_proved_by_block_holds_for_the_model(family: str, model: str, settings: dict[str, Any], case: str) -> None:
+    dense, inputs = tiny(family, model, **settings), tiny_inputs()
+    pairs = find_pairs(dense)
+    assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
+    selection = selection_of(pairs, case)
+    with masked(dense, selection):
+        expected = run_model(dense, inputs)
+    got = run_model(slice_model(dense, selection), inputs)
+    assert (got - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_vision_models_are_searched_on_pixels() -> None:
+    config = transformers.ViTConfig(**{**COMMON, "num_attention_heads": 3, "image_size": 8, "patch_size": 4})
+    model = randomise(transformers.ViTModel(config).double().eval())
+    pairs = find_pairs(model)
+    assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    selection = selection_of(pairs, "fewer heads")
+    with torch.no_grad(), masked(model, selection):
+        expected = model(pixel_values=pixels)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(slice_model(model, selection)(pixel_values=pixels)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_model_is_known_again_after_saving_and_loading(subject: Subject, tmp_path: Any, dtype: torch.dtype) -> None:
+    single = copy.deepcopy(subject.model).float()
+    pairs = find_pairs(single)
+    single.save_pretrained(tmp_path)
+    for implementation in ("sdpa", "eager"):
+        again = type(single).from_pretrained(tmp_path, dtype=dtype, attn_implementation=implementation)
+        check_base(again, pairs)
+
+
+def test_a_change_of_weights_or_configuration_is_noticed(subject: Subject) -> None:
+    model = copy.deepcopy(subject.model)
+    check_base(model, subject.pairs)
+    model.config.initializer_range = 0.5
+    with pytest.raises(MismatchError, match="configuration was"):
+        check_base(model, subject.pairs)
+    model = copy.deepcopy(subject.model)
+    next(model.parameters()).data.mul_(1.1)
+    with pytest.raises(MismatchError, match="weights was"):
+        check_base(model, subject.pairs)
