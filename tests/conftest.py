@@ -24,9 +24,9 @@ from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
 
 torch.set_num_threads(1)
-QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("pathprune", max_examples=50, derandomize=True, **QUIET)
-settings.register_profile("attack", max_examples=1500, **QUIET)  # pytest --hypothesis-profile=attack
+QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("pathprune", QUIET, max_examples=50, derandomize=True)
+settings.register_profile("attack", QUIET, max_examples=1500)  # pytest --hypothesis-profile=attack
 settings.load_profile("pathprune")
 
 COMMON = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20}
@@ -100,7 +100,7 @@ def assert_same_model(one: nn.Module, other: nn.Module, inputs: dict[str, Tensor
     assert (run_model(other, inputs) - expected).abs().max() <= max(rounding, 1e-12) * expected.abs().max()
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: Any) -> dict[str, Any]:
     """Everything that must be as before: values, flags, hooks, attributes, and the random state."""
     parts: dict[str, Any] = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():

@@ -50,8 +50,8 @@ def pair_lists(draw: st.DrawFn, max_layers: int = 2) -> PairList:
     for layer in range(draw(st.integers(1, max_layers))):
         attention, mlp = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
         if attention:
-            sizes = [draw(st.integers(1, top)) for top in (4, 6, 3)]
-            pairs += attention_pairs(f"layer.{layer}.attn", *sizes, draw(booleans), draw(booleans))
+            groups, units, repeat = (draw(st.integers(1, top)) for top in (4, 6, 3))
+            pairs += attention_pairs(f"layer.{layer}.attn", groups, units, repeat, draw(booleans), draw(booleans))
         if mlp:
             pairs.append(mlp_pair(f"layer.{layer}", draw(st.integers(1, 12)), draw(booleans), draw(booleans)))
     return pair_list(pairs, outside=draw(st.integers(0, 500)))

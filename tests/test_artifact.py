@@ -82,7 +82,9 @@ def test_a_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     before = contents(folder)
     with monkeypatch.context() as patch:
         patch.setattr(os, function, Fault(getattr(os, function), nth, FULL))
-        with pytest.raises(ArtifactError, match=r"No space left on device; what was there is unchanged\. Free some space"):
+        with pytest.raises(
+            ArtifactError, match=r"No space left on device; what was there is unchanged\. Free some space"
+        ):
             write(folder, NEW, "new")
     assert_holds(folder, OLD, "old")
     assert contents(folder) == before, "not even the new tensors are left on the full disk"
@@ -141,7 +143,9 @@ def test_removal(folder: Path) -> None:
     assert not contents(folder)
 
 
-@pytest.mark.parametrize("write_it", [lambda folder: write(folder, OLD, ""), lambda folder: write_text(folder / "a", "b")])
+@pytest.mark.parametrize(
+    "write_it", [lambda folder: write(folder, OLD, ""), lambda folder: write_text(folder / "a", "b")]
+)
 def test_a_folder_that_cannot_be_made(tmp_path: Path, write_it: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -209,7 +213,10 @@ def truncate(share: float) -> Damage:
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no description": (lambda f: (f / "thing.json").unlink(), r"thing\.json does not exist; .* holds no complete thing"),
+    "no description": (
+        lambda f: (f / "thing.json").unlink(),
+        r"thing\.json does not exist; .* holds no complete thing",
+    ),
     "no tensors": (lambda f: tensors_of(f).unlink(), r"\.safetensors does not exist; .* holds no complete thing"),
     "no folder": (lambda f: f.rename(f.with_name("gone")), r"does not exist"),
     "empty description": (lambda f: (f / "thing.json").write_text(""), r"not a readable thing: .* Copy it again"),

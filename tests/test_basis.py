@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Subject, snapshot, tiny_inputs
 from torch import Tensor, nn
 
+from conftest import Subject, snapshot, tiny_inputs
 from pathprune.basis import Calibration, calibrate
 from pathprune.discovery import fillable, rotatable
 from pathprune.masks import attach_masks
@@ -116,7 +116,9 @@ def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> N
     garbled = [
         {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 1)} for batch in BATCHES
     ]
-    assert any(not torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(BATCHES, garbled, strict=True))
+    assert any(
+        not torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(BATCHES, garbled, strict=True)
+    )
     again = calibrate(subject.model, subject.pairs, garbled, rotate=True, fill=True)
     for part in ("basis", "mean", "std"):
         for name, array in getattr(calibration, part).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -9,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Subject, run_model, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CASES, budgets, mlp_pair, pair_list, paths, selection_of
 from torch import Tensor, nn
 
+from conftest import Subject, run_model, tiny_model
 from pathprune.budget import Budget, Selection, dense_macs
 from pathprune.discovery import find_pairs
 from pathprune.errors import BudgetError
 from pathprune.pairs import Pair, Slot
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
+from strategies import CASES, budgets, mlp_pair, pair_list, paths, selection_of
 
 
 def cost(selection: Selection, kind: str) -> int:
@@ -107,14 +108,19 @@ def test_selections_are_nested_whatever_their_budgets(data: st.DataObject, path:
         except BudgetError:
             continue
     selections.sort(key=lambda selection: selection.removals)
-    for larger, smaller in zip(selections, selections[1:], strict=False):
+    for larger, smaller in itertools.pairwise(selections):
         assert all((smaller.keep[name] <= larger.keep[name]).all() for name in larger.keep)
 
 
 @given(paths())
 def test_everything_is_kept_where_everything_is_allowed(path: SolutionPath) -> None:
     dense = {kind: dense_size(path, kind) for kind in ("params", "macs")}
-    for budget in (Budget(keep=1.0), Budget(params=1.0), Budget(macs=1.0), *(Budget(**{k: v}) for k, v in dense.items())):
+    for budget in (
+        Budget(keep=1.0),
+        Budget(params=1.0),
+        Budget(macs=1.0),
+        *(Budget(**{k: v}) for k, v in dense.items()),
+    ):
         selection = path.select(budget)
         assert selection.removals == 0
         assert all(keep.all() for keep in selection.keep.values())
@@ -206,7 +212,7 @@ def test_the_remedy_of_an_impossible_budget_works() -> None:
     """116 of 200 parameters stay; 0.58 * 200 is less than 116 in floating point."""
     pairs = pair_list([mlp_pair("b", 7, bias=False)], outside=116)
     path = SolutionPath.from_scores(pairs, {"b.mlp": np.ones((1, 7))})
-    with pytest.raises(BudgetError, match="116 of 200; ask for params=.* or more") as error:
+    with pytest.raises(BudgetError, match=r"116 of 200; ask for params=.* or more") as error:
         path.select(Budget(params=0.5))
     value = float(str(error.value).split("params=")[-1].split()[0])
     assert path.select(Budget(params=value)).params == 116
@@ -218,4 +224,3 @@ def test_a_budget_says_what_it_is_of(subject: Subject) -> None:
     for part in ("of the prunable parameters", "of the whole model's parameters", "of its MACs at 128 tokens"):
         assert part in text
     assert f"{subject.pairs.prunable_params:,}" in text
-

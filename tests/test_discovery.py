@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs, tiny_model
-from strategies import selection_of
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs
 from pathprune.discovery import check_base, fillable, find_pairs, rotatable
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import masked
 from pathprune.pairs import Pair, PairList
 from pathprune.slicing import slice_model
+from strategies import selection_of
 
 
 def tiny(family: str, model: str = "Model", **settings: Any) -> Any:
@@ -180,11 +180,19 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
     ("family", "settings", "reason"),
     [
         # Rotary embedding of neighbouring, not of opposite dimensions.
-        ("Cohere", {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "outputs differ"),
+        (
+            "Cohere",
+            {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            "outputs differ",
+        ),
         # Norms on queries and keys.
         ("Qwen3", {"num_key_value_heads": 2, "head_dim": 6}, "sliced, it does not run"),
         # Rotary embedding of a part of the head.
-        ("StableLm", {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": PARTIAL}, "outputs differ"),
+        (
+            "StableLm",
+            {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": PARTIAL},
+            "outputs differ",
+        ),
     ],
 )
 def test_attention_of_another_kind_is_refused_and_its_mlp_is_not(
@@ -261,7 +269,9 @@ def test_unsupported_models_are_refused_with_what_was_found(build: Callable[[], 
     ],
 )
 @pytest.mark.parametrize("case", ["uneven", "fewer heads", "no attention"])
-def test_what_was_proved_by_block_holds_for_the_model(family: str, model: str, settings: dict[str, Any], case: str) -> None:
+def test_what_was_proved_by_block_holds_for_the_model(
+    family: str, model: str, settings: dict[str, Any], case: str
+) -> None:
     dense, inputs = tiny(family, model, **settings), tiny_inputs()
     pairs = find_pairs(dense)
     assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
@@ -273,8 +283,7 @@ def test_what_was_proved_by_block_holds_for_the_model(family: str, model: str, s
 
 
 def test_vision_models_are_searched_on_pixels() -> None:
-    config = transformers.ViTConfig(**{**COMMON, "num_attention_heads": 3, "image_size": 8, "patch_size": 4})
-    model = randomise(transformers.ViTModel(config).double().eval())
+    model = tiny("ViT", num_attention_heads=3, image_size=8, patch_size=4)
     pairs = find_pairs(model)
     assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
     pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Subject, run_model, snapshot, tiny_model
-from strategies import CASES, selection_of
 from torch import Tensor, nn
 
+from conftest import Subject, run_model, snapshot, tiny_model
 from pathprune.budget import Selection
 from pathprune.errors import MismatchError
 from pathprune.masks import attach_masks, masked
 from pathprune.pairs import Pair, Slot
+from strategies import CASES, selection_of
 
 
 def weight_of(model: nn.Module, slot: Slot) -> nn.Linear:
@@ -85,7 +85,9 @@ def test_full_masks_in_any_basis_and_with_any_fill_change_nothing(subject: Subje
 
 @pytest.mark.parametrize("constants", [False, True])
 def test_one_mask_a_sample(subject: Subject, constants: bool) -> None:
-    selections = [selection_of(subject.pairs, case, constants=constants) for case in ("uneven", "no mlp", "fewer heads")]
+    selections = [
+        selection_of(subject.pairs, case, constants=constants) for case in ("uneven", "no mlp", "fewer heads")
+    ]
     first = selections[0]
     fill = {name: torch.from_numpy(array) for name, array in first.fill.items()}
     masks = {name: torch.stack([masks_of(s)[name] for s in selections]).double() for name in first.keep}
@@ -165,7 +167,9 @@ def test_the_model_is_left_as_it_was(subject: Subject, fails: bool) -> None:
 def test_hooks_are_removed_where_attaching_fails(subject: Subject) -> None:
     before = snapshot(subject.model)
     last = subject.pairs[-1]
-    missing = Pair(last.name, last.kind, last.block, 1, last.width, tuple(Slot("nowhere", s.side, 4) for s in last.slots))
+    missing = Pair(
+        last.name, last.kind, last.block, 1, last.width, tuple(Slot("nowhere", s.side, 4) for s in last.slots)
+    )
     with pytest.raises(AttributeError), attach_masks(subject.model, [*subject.pairs[:-1], missing], {}):
         pass
     assert snapshot(subject.model) == before

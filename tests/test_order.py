@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Family, attention_pairs, families, mlp_pair, pair_list
 
 from pathprune.order import UNITS, Order, removal_order
 from pathprune.pairs import Pair
+from strategies import Family, attention_pairs, families, mlp_pair, pair_list
 
 
 def blocks(pairs: list[Pair]) -> list[list[Pair]]:
@@ -64,7 +65,7 @@ def test_selections_are_nested_from_everything_to_nothing(family: Family) -> Non
     masks = [order.keep(removals) for removals in range(len(order.units) + 1)]
     assert all(keep.all() for keep in masks[0].values())
     assert not any(keep.any() for keep in masks[-1].values())
-    for larger, smaller in zip(masks, masks[1:], strict=False):
+    for larger, smaller in itertools.pairwise(masks):
         assert all((smaller[name] <= larger[name]).all() for name in larger)
 
 
@@ -171,5 +172,3 @@ def test_neurons_with_distinct_scores_may_be_renumbered(family: Family) -> None:
     back = removal_order(pairs, shuffled, multiple=family.multiple)
     for name, step in there.step.items():
         np.testing.assert_array_equal(step[:, shuffle[name]], back.step[name])
-
-

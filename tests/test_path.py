@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import attention_pairs, mlp_pair, pair_list, paths
 
 from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import PairList
 from pathprune.path import FORMAT, SolutionPath
+from strategies import attention_pairs, mlp_pair, pair_list, paths
 
 
 def assert_equal(one: SolutionPath, other: SolutionPath) -> None:
@@ -174,7 +174,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no ranking": (edit_tensors(lambda t: t.pop("ranking/b.mlp")), r"missing \['b.mlp'\]"),
     "shape": (edit_tensors(lambda t: t.update({"ranking/b.mlp": np.ones((2, 2), np.float32)})), r"has shape \(2, 2\)"),
     "NaN": (edit_tensors(lambda t: t["ranking/b.mlp"].fill(np.nan)), r"4 values that are not finite"),
-    "shape of a fill": (edit_tensors(lambda t: t.update({"fill/b.mlp": np.ones((1, 3), np.float32)})), r"fill of b.mlp"),
+    "shape of a fill": (
+        edit_tensors(lambda t: t.update({"fill/b.mlp": np.ones((1, 3), np.float32)})),
+        r"fill of b.mlp",
+    ),
     "fill of no pair": (edit_tensors(lambda t: t.update({"fill/c": np.ones((1, 3), np.float32)})), r"not a valid path"),
     "NaN in a basis": (
         edit_tensors(lambda t: t.update({"basis/b.mlp": np.full((1, 4, 4), np.nan, np.float32)})),

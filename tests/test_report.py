@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pathprune.budget import Budget
-from pathprune.errors import ArtifactError
+from pathprune.errors import ArtifactError, PathpruneError
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 from pathprune.path import SolutionPath, Trajectory
 from pathprune.report import model_card, plots, write_report
@@ -353,6 +353,15 @@ def test_a_report_that_cannot_be_written_leaves_the_last(
     assert {file.name for file in tmp_path.iterdir()} == {"family.json", "path", "report.html"}
 
 
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
+def test_a_missing_library_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setattr("pathprune.report.html.find_spec", lambda name: None if name == library else object())
+    with pytest.raises(PathpruneError, match=rf"needs {library}, .*pip install 'pathprune\[report\]'"):
+        write_report(tmp_path)
+
+
 def test_a_missing_record_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"family\.json does not exist; name the folder"):
         write_report(tmp_path)
@@ -434,6 +443,7 @@ def test_the_card_names_the_model_its_numbers_and_how_to_load_it(family: dict[st
         "- search.basis: true",
         "torch 2.13.0",
         "A recovery followed.",
+        f"keeps\n{family['members'][2]['prunable_params_kept_fraction']:.1%} of the prunable parameters",
     ):
         assert text in card
     code = card.split("```python\n")[1].split("```")[0]

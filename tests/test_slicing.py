@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Subject, run_model, snapshot, tiny_model
-from strategies import CASES, selection_of
 from torch import Tensor, nn
 
+from conftest import Subject, run_model, snapshot, tiny_model
 from pathprune.budget import Selection
 from pathprune.discovery import find_pairs
 from pathprune.errors import MismatchError
 from pathprune.masks import masked
 from pathprune.slicing import PaddedLinear, slice_model
+from strategies import CASES, selection_of
 
 
 def assert_equal_to_masked(subject: Subject, small: nn.Module, selection: Selection, tolerance: float = 1e-10) -> None:

@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pathprune.discovery import evaluating
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
 from pathprune.hub import save_model
-from pathprune.objectives import pooled
+from pathprune.objectives import EmbeddingObjective, Targets, pooled
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
 from pathprune.searching import search
@@ -91,7 +92,7 @@ class Judge:
     """Quality of a sentence encoder on text that neither search nor recovery saw."""
 
     def __init__(self, teacher: nn.Module, tokenizer: Any, split: str = "test") -> None:
-        self.teacher = teacher
+        self.dense = Targets(teacher, EmbeddingObjective())
         held_out = bbc_articles(split)
         texts = passages(held_out)[:512]
         self.unseen = tokenized(texts, tokenizer, batch_size=32, max_length=SEARCH_TOKENS)
@@ -130,7 +131,7 @@ class Judge:
         above = torch.triu_indices(len(vectors), len(vectors), offset=1)
         ours, human = (vectors @ vectors.T)[above[0], above[1]].double(), self.human[above[0], above[1]]
         return {
-            "cosine": fidelity(model, self.teacher, self.unseen),
+            "cosine": fidelity(model, self.dense, self.unseen),
             "lee_pearson": float(torch.corrcoef(torch.stack([ours, human]))[0, 1]),
             "bbc_accuracy": sum(right) / len(right),
         }
@@ -166,8 +167,10 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
     say("2/4 measure the dense model and slice three sizes")
     began = time.perf_counter()
     judge = Judge(dense, tokenizer)
+    path = replace(path, seq_len=LATENCY_TOKENS)  # count MACs at the length at which latency is measured
     full = member("dense", None, path.select(Budget(keep=1.0)), bytes_on_disk(source))
-    full["quality"] = {"before": judge(dense), "after": judge(dense)}
+    quality = judge(dense)
+    full["quality"] = {"before": quality, "after": quality}
     members, sliced = [full], []
     for keep in KEEPS:
         selection = path.select(Budget(keep=keep))

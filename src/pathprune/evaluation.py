@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pathprune.budget import Selection
 from pathprune.data import Batches
 from pathprune.discovery import evaluating
-from pathprune.objectives import Objective, get_objective
+from pathprune.objectives import Targets, get_objective
 from pathprune.pairs import PairList
 from pathprune.path import library_versions
 
@@ -25,23 +25,27 @@ FORMAT = 1
 
 
 def fidelity(
-    model: nn.Module, teacher: nn.Module, data: Iterable[Mapping[str, Tensor]], objective: str | Objective = "embedding"
+    model: nn.Module, teacher: nn.Module | Targets, data: Iterable[Mapping[str, Tensor]], objective: str = "embedding"
 ) -> float:
     """One minus the objective's loss against the dense model, averaged over all batches of ``data``.
 
     For ``objective="embedding"`` this is the mean cosine to the dense embedding.
 
+    Args:
+        model: to measure.
+        teacher: the dense model, or its remembered outputs where several models are measured on the same data.
+        data: re-iterable of model-input dicts.
+        objective: by name.
+
     Raises:
         DataError: the data is empty, or does not fit the model.
     """
-    goal = get_objective(objective)
-    batches = Batches(teacher, data)
+    targets = teacher if isinstance(teacher, Targets) else Targets(teacher, get_objective(objective))
     total, samples = 0.0, 0
-    with evaluating(model), evaluating(teacher), torch.no_grad():
-        for batch in batches.once():
+    with evaluating(model), evaluating(targets.teacher), torch.no_grad():
+        for batch in Batches(model, data).once():
             size = next(iter(batch.values())).shape[0]
-            target = goal.target(teacher(**batch), batch)
-            total += size * float(goal.loss(model(**batch), batch, target))
+            total += size * float(targets.objective.loss(model(**batch), batch, targets(batch)))
             samples += size
     return 1 - total / samples
 

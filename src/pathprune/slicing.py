@@ -123,9 +123,10 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
         new = _linear(shape, old.weight.device, old.weight.dtype)
         weight, bias = tensors[name]
         new.weight.data.copy_(weight)
+        new.weight.requires_grad_(old.weight.requires_grad)
         if new.bias is not None and bias is not None:
             new.bias.data.copy_(bias)
-        new.requires_grad_(old.weight.requires_grad)
+            new.bias.requires_grad_(old.bias.requires_grad)
         new.train(old.training)
         memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
     small = copy.deepcopy(model, memo)

@@ -73,8 +73,9 @@ model = {loader(family)}.from_pretrained({json.dumps(member["folder"])})  # the 
 
 ## How it was made
 
-One search ranked all prunable units of the dense model; this member was asked to keep a fraction of
-{member["keep"]} of the prunable parameters. {"A recovery followed." if recovered(member) else "No recovery was run."}
+One search ranked all prunable units of the dense model; this member keeps
+{member["prunable_params_kept_fraction"]:.1%} of the prunable parameters.
+{"A recovery followed." if recovered(member) else "No recovery was run."}
 
 {settings}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pathprune.errors import ArtifactError
+from pathprune.artifact import write_text
+from pathprune.errors import PathpruneError
 from pathprune.path import SolutionPath
 from pathprune.report import record
 
@@ -22,21 +24,15 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ArtifactError: the record or the path is missing or malformed, or the folder cannot be written.
+        PathpruneError: Jinja2 or matplotlib, the extra ``report``, is not installed.
     """
+    for library in ("jinja2", "matplotlib"):
+        if find_spec(library) is None:
+            raise PathpruneError(f"a report needs {library}, which is not installed: pip install 'pathprune[report]'")
     family = record.read_family(folder)
     page = _page(family, SolutionPath.load(Path(folder) / "path"))
     target = Path(folder) / "report.html"
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {target}: {error.strerror or error}. "
-            "Free some space, or choose a folder that you may write to"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(target, page)
     return target
 
 

@@ -65,7 +65,7 @@ def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is not a readable family: {error}. Copy it again from its source, or evaluate the family again"
         ) from error
-    return family  # type: ignore[no-any-return]
+    return dict(family)
 
 
 def dense_member(family: Mapping[str, Any]) -> Mapping[str, Any]:
