@@ -64,7 +64,12 @@ def main() -> None:
             macs = selection.macs / dense_macs(pairs, demo.LATENCY_TOKENS)
             rows.append({"batch": size, "widths": shape, "speed_up": dense_ms / ms, "efficiency": dense_ms / ms * macs})
             print(json.dumps(rows[-1]))
-    result = {"command": "python benchmarks/shapes.py", "rows": rows, "machine": machine(), "versions": library_versions()}
+    result = {
+        "command": "python benchmarks/shapes.py",
+        "rows": rows,
+        "machine": machine(),
+        "versions": library_versions(),
+    }
     write_text(args.out, json.dumps(result, indent=1))
 
 

@@ -264,6 +264,7 @@ def test_unsupported_models_are_refused_with_what_was_found(build: Callable[[], 
     [
         ("Bert", "ForSequenceClassification", {}),
         ("Roberta", "Model", {"max_position_embeddings": 40}),
+        ("Llama", "ForCausalLM", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
         ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 5}),
         ("Gemma2", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 6, "sliding_window": 5, "pad_token_id": 0}),
     ],
