@@ -104,8 +104,8 @@ def paths(draw: st.DrawFn) -> SolutionPath:
         unit=family.unit,
         multiple=family.multiple,
         seq_len=draw(st.integers(1, 512)),
-        fill={pair.name: floats(pair.groups, pair.width) for pair in some},
-        basis={pair.name: floats(pair.groups, pair.width, pair.width) for pair in some},
+        fill={pair.name: floats(pair.groups, pair.width) for pair in some if pair.fillable},
+        basis={pair.name: floats(pair.groups, pair.width, pair.width) for pair in some if pair.rotatable},
         trajectory=Trajectory(floats(steps), floats(steps), floats(steps, len(family.pairs))),
         config={"steps": steps, "nested": {"note": draw(st.text(max_size=5))}},
         versions={"pathprune": "0"},
@@ -134,7 +134,6 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
         case: one of ``CASES``; all but the first and the last have unequal query-key and value widths.
         constants: with fills and well-conditioned rotations, wherever the pairs allow them.
     """
-    from pathprune.discovery import fillable, rotatable
 
     rng = np.random.default_rng(seed)
     if case == "half of a path":
@@ -144,9 +143,9 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
         keep = _rectangles(pairs, case, rng)
     fill, basis = {}, {}
     for pair in pairs if constants else []:
-        if fillable(pair):
+        if pair.fillable:
             fill[pair.name] = rng.normal(size=(pair.groups, pair.width)).astype(np.float32)
-        if rotatable(pair):
+        if pair.rotatable:
             q, _ = np.linalg.qr(rng.normal(size=(pair.groups, pair.width, pair.width)))
             basis[pair.name] = (q * rng.uniform(0.5, 2, size=(pair.groups, 1, pair.width))).astype(np.float32)
     return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from conftest import Subject, snapshot, tiny_inputs
 from pathprune.basis import Calibration, calibrate
-from pathprune.discovery import fillable, rotatable
 from pathprune.masks import attach_masks
 from pathprune.pairs import Pair, Slot
 
@@ -77,12 +76,12 @@ def test_full_masks_in_the_balanced_basis_are_the_dense_model(subject: Subject, 
 
 
 def test_every_pair_that_may_be_rotated_or_filled_is(subject: Subject, calibration: Calibration) -> None:
-    assert set(calibration.basis) == {pair.name for pair in subject.pairs if rotatable(pair)}
-    assert set(calibration.mean) == set(calibration.std) == {pair.name for pair in subject.pairs if fillable(pair)}
+    assert set(calibration.basis) == {pair.name for pair in subject.pairs if pair.rotatable}
+    assert set(calibration.mean) == set(calibration.std) == {pair.name for pair in subject.pairs if pair.fillable}
     for pair in subject.pairs:
-        if rotatable(pair):
+        if pair.rotatable:
             assert calibration.basis[pair.name].shape == (pair.groups, pair.width, pair.width)
-        if fillable(pair):
+        if pair.fillable:
             assert calibration.mean[pair.name].shape == calibration.std[pair.name].shape == (pair.groups, pair.width)
 
 

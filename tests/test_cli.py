@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import pathprune as pp
+from helpers import VOCAB, tiny_bert
 from pathprune.path import SolutionPath
 
 COMMAND = [sys.executable, "-c", "from pathprune.cli import main; main()"]
@@ -58,7 +58,9 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path) -> None:
     assert "search" not in done.stderr  # no bar when piped
     assert SolutionPath.load(tmp_path / "run").config["seed"] == 3
 
-    facts = json.loads(call("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half", "--json").stdout)
+    facts = json.loads(
+        call("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half", "--json").stdout
+    )
     assert facts["prunable_params_kept_fraction"] <= 0.5
     assert (tmp_path / "half" / "tokenizer.json").exists()
     call("slice", tmp_path / "run", dense, "--params", facts["params"], "--out", tmp_path / "same")
@@ -72,7 +74,9 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert facts["cosine_on_training_data"]["after"] > facts["cosine_on_training_data"]["before"]
     facts = json.loads(
-        call("evaluate", tmp_path / "half", tmp_path / "recovered", "--teacher", dense, "--data", texts, "--json").stdout
+        call(
+            "evaluate", tmp_path / "half", tmp_path / "recovered", "--teacher", dense, "--data", texts, "--json"
+        ).stdout
     )
     rows = facts["models"]
     assert [row["cosine"] for row in rows][0] == pytest.approx(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs
-from pathprune.discovery import check_base, fillable, find_pairs, rotatable
+from pathprune.discovery import check_base, find_pairs
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import masked
 from pathprune.pairs import Pair, PairList
@@ -64,10 +64,10 @@ def test_attention_pairs_are_as_expected(
     assert [slot.repeat for slot in slots] == [repeat, 1, 1, repeat]
     assert [slot.bias for slot in slots] == [mark == "b" for mark in biases]
     assert {slot.size for slot in slots} == {COMMON["hidden_size"]}
-    assert rotatable(qk) is not rotary
-    assert rotatable(vo)
-    assert fillable(vo) == (biases[3] == "b")
-    assert not fillable(qk)
+    assert qk.rotatable is not rotary
+    assert vo.rotatable
+    assert vo.fillable == (biases[3] == "b")
+    assert not qk.fillable
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_mlp_pairs_are_as_expected(
     assert (pair.kind, pair.groups, pair.width, pair.units) == ("mlp", 1, 20, 20)
     assert [".".join(slot.module.split(".")[-2:]) for slot in pair.slots] == maps
     assert [slot.side for slot in pair.slots] == ["out"] * (len(maps) - 1) + ["in"]
-    assert fillable(pair) == bias
-    assert not rotatable(pair)
+    assert pair.fillable == bias
+    assert not pair.rotatable
 
 
 def test_every_layer_offers_three_pairs_and_nothing_is_refused(subject: Subject) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_batches, tiny_bert
 from torch import nn
 
 import pathprune as pp
+from helpers import tiny_batches, tiny_bert
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
 from pathprune.objectives import EmbeddingObjective, Targets
 from pathprune.report import write_report

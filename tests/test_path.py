@@ -180,8 +180,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "fill of no pair": (edit_tensors(lambda t: t.update({"fill/c": np.ones((1, 3), np.float32)})), r"not a valid path"),
     "NaN in a basis": (
-        edit_tensors(lambda t: t.update({"basis/b.mlp": np.full((1, 4, 4), np.nan, np.float32)})),
-        r"basis of b.mlp has 16 values",
+        edit_tensors(lambda t: t.update({"basis/a.vo": np.full((2, 6, 6), np.nan, np.float32)})),
+        r"basis of a.vo has 72 values",
     ),
     "unknown trajectory": (edit_tensors(lambda t: t.update({"trajectory/x": np.ones(1)})), r"not a valid path"),
 }

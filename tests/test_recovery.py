@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_batches, tiny_bert
 
 import pathprune as pp
+from helpers import tiny_batches, tiny_bert
 from pathprune.budget import Budget
 from pathprune.evaluation import fidelity
 from pathprune.path import SolutionPath
@@ -52,7 +52,9 @@ def test_closed_form_solves_the_weighted_regression() -> None:
     residual = ((x @ got - y) * weight).square().sum()
     best = ((x @ reference - y) * weight).square().sum()
     assert residual <= best * (1 + 1e-6)
-    assert ((x @ torch.cat([small.get_submodule(first).weight.T, small.get_submodule(first).bias[None]]) - y) * weight).square().sum() > 1.05 * best
+    assert (
+        (x @ torch.cat([small.get_submodule(first).weight.T, small.get_submodule(first).bias[None]]) - y) * weight
+    ).square().sum() > 1.05 * best
 
 
 @pytest.mark.parametrize("method", ["closed-form", "distill"])

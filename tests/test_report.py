@@ -347,7 +347,9 @@ def test_a_report_that_cannot_be_written_leaves_the_last(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ArtifactError, match=r"report\.html: No space left on device. Free some space"):
+    with pytest.raises(
+        ArtifactError, match=r"report\.html: No space left on device; what was there is unchanged. Free some space"
+    ):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
     assert {file.name for file in tmp_path.iterdir()} == {"family.json", "path", "report.html"}

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_batches, tiny_bert
 from torch import nn
 
 import pathprune as pp
+from helpers import tiny_batches, tiny_bert
 from pathprune import searching
 from pathprune.budget import Budget
 from pathprune.data import Batches

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,42 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
         ArtifactError: the folder cannot be made or written, or the disk is full.
     """
     folder = Path(folder)
+    try:
+        json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot write {name}: {error}; keep to numbers that are finite, text, lists and dicts"
+        ) from error
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{name}-{digest[:12]}.safetensors"
     text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)
+    ours = False  # the target is new, and goes again if its description cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        ours = not target.exists()
         _replace(target, data)
         _replace(folder / f"{name}.json", text.encode())
-        for old in folder.glob(f"{name}-*.safetensors"):
-            if old != target:
-                old.unlink()
     except OSError as error:
+        if ours:
+            with suppress(OSError):
+                target.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {name} to {folder}: {error.strerror or error}; what was there is unchanged. "
             "Free some space, or choose a folder that you may write to"
         ) from error
+    for old in _tensor_files(folder, name):
+        if old != target:
+            with suppress(OSError):  # it wastes space, but the new artifact is in place
+                old.unlink()
+
+
+def _tensor_files(folder: Path, name: str) -> list[Path]:
+    return [
+        file
+        for file in folder.glob(f"{name}-*.safetensors")
+        if re.fullmatch(r"[0-9a-f]{12}", file.stem[len(name) + 1 :])
+    ]
 
 
 def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,14 +98,14 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
         raise ArtifactError(f"{error.filename} does not exist; {folder} holds no complete {name}") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
 
 
 def remove_artifact(folder: str | os.PathLike[str], name: str) -> None:
     """Delete an artifact, its description first; nothing happens where there is none."""
     (Path(folder) / f"{name}.json").unlink(missing_ok=True)
-    for tensors in Path(folder).glob(f"{name}-*.safetensors"):
+    for tensors in _tensor_files(Path(folder), name):
         tensors.unlink(missing_ok=True)
 
 

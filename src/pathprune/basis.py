@@ -24,7 +24,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pathprune.discovery import fillable, rotatable
 from pathprune.pairs import Pair, PairList, Slot
 
 Floats = npt.NDArray[np.floating]
@@ -93,10 +92,10 @@ def calibrate(
     for pair in pairs:
         inner = moments[pair.mask_slot.module]
         rotation = None
-        if rotate and rotatable(pair):
+        if rotate and pair.rotatable:
             rotation = _balance(model, pair, moments)
             found.basis[pair.name] = rotation.cpu().float().numpy()
-        if fill and fillable(pair):
+        if fill and pair.fillable:
             mean, second = inner.mean, inner.second / inner.count
             if rotation is not None:
                 mean = (rotation @ mean.unsqueeze(-1)).squeeze(-1)
@@ -147,7 +146,7 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[str, Moments]) ->
             y = args[0] if output is None else output
             real = mask[0] if mask[0] is not None and mask[0].shape == y.shape[:-1] else None
             y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
-            store.add(y, pair.groups * slot.repeat, outer=rotatable(pair))
+            store.add(y, pair.groups * slot.repeat, outer=pair.rotatable)
 
         return hook
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Budget:
         if len(given) != 1:
             raise BudgetError(f"a budget takes exactly one of keep=, params= or macs=; got {given or 'none'}")
         value = self.value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise BudgetError(f"{self.kind}={value!r} is not a number")
-        if isinstance(value, int) and self.kind != "keep":
+        if isinstance(value, Integral) and self.kind != "keep":
             if value <= 0:
                 raise BudgetError(f"{self.kind}={value} must be positive")
         elif not 0 < value <= 1:
@@ -146,7 +147,7 @@ def dense_macs(pairs: PairList, seq_len: int) -> int:
     attention = sum(
         pair.groups * pair.units * (pair.unit_macs(seq_len) - pair.unit_macs(0)) for pair in pairs if pair.kind != "mlp"
     )
-    return pairs.base.macs_per_token + attention
+    return pairs.base.macs_per_token + pairs.base.macs_per_sequence // seq_len + attention
 
 
 def select(path: SolutionPath, budget: Budget) -> Selection:
@@ -168,12 +169,13 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
         dense = pairs.prunable_params if budget.kind == "keep" else pairs.base.params
     sizes = dense - np.concatenate([[0], np.cumsum(order.units @ np.array(unit_cost, dtype=np.int64))])
 
-    absolute = isinstance(budget.value, int) and budget.kind != "keep"
+    absolute = isinstance(budget.value, Integral) and budget.kind != "keep"
     limit = budget.value if absolute else budget.value * dense
     if absolute and limit > dense:
         raise BudgetError(f"{budget} is more than the dense model's {dense:,}; ask for at most that")
     if limit < sizes[-1]:
-        least = int(sizes[-1]) if absolute else math.ceil(sizes[-1] / dense * 1e4) / 1e4
+        # Rounded up from a little more, so that the fraction times the dense size is enough in floating point.
+        least = int(sizes[-1]) if absolute else min(1.0, math.ceil(sizes[-1] / dense * 1e4 + 1e-6) / 1e4)
         raise BudgetError(
             f"{budget} allows {limit:,.0f}, but the path's smallest model, with every pair removed, has "
             f"{sizes[-1]:,} of {dense:,}; ask for {budget.kind}={least} or more"

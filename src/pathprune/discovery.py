@@ -79,7 +79,8 @@ def find_pairs(model: nn.Module) -> PairList:
             f"{_reasons(refused)}Looked for query/key/value/output and up/(gate/)down children; "
             "see docs/architectures.md for what is supported"
         )
-    calls, macs = _observe(model, {members[0].block for members in candidates})
+    calls, order, macs = _observe(model, {members[0].block for members in candidates})
+    candidates.sort(key=lambda members: order.get(members[0].slots[0].module, len(order)))
     pairs: list[Pair] = []
     proved: dict[Any, str | None] = {}
     for members in candidates:
@@ -92,7 +93,7 @@ def find_pairs(model: nn.Module) -> PairList:
             members = [replace(pair, rotary=pair.kind == "qk") for pair in members]
         scope = model.get_submodule(block)
         # Layers that differ in nothing but their weights need one proof.
-        signature = (type(scope), tuple(replace(_inside(pair), name="", block="") for pair in members))
+        signature = (_facts(scope), tuple(replace(_inside(pair), name="", block="") for pair in members))
         if signature not in proved:
             proved[signature] = _disprove(scope, [_inside(pair) for pair in members], args, kwargs)
         if reason := proved[signature]:
@@ -103,16 +104,28 @@ def find_pairs(model: nn.Module) -> PairList:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found {len(candidates)} sublayers, none could be proved. {_reasons(refused)}"
         )
-    return PairList(pairs, identify(model, macs), refused)
+    return PairList(pairs, identify(model, *macs), refused)
 
 
-def identify(model: nn.Module, macs_per_token: int) -> BaseModel:
+def _facts(scope: nn.Module) -> tuple[Any, ...]:
+    """What a block computes with beside its weights: types, plain attributes, functions of its own, hooks."""
+    facts: list[Any] = []
+    for name, module in scope.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in ("layer_idx", "training")}
+        plain = {key: value for key, value in own.items() if isinstance(value, bool | int | float | str | None)}
+        functions = {key: id(value) for key, value in own.items() if callable(value)}
+        hooks = [id(hook) for key in ("_forward_hooks", "_forward_pre_hooks") for hook in own[key].values()]
+        facts.append((name, type(module), repr(plain), repr(functions), tuple(hooks)))
+    return tuple(facts)
+
+
+def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int) -> BaseModel:
     """Hash a model's configuration, and a sample of its weights (rounded to bfloat16, so that it
     does not depend on the precision they were loaded in).
     """
     config = getattr(model, "config", None)
     facts = config.to_diff_dict() if config is not None else {}
-    facts = {key: value for key, value in facts.items() if key not in VOLATILE}
+    facts = {key: value for key, value in facts.items() if key not in VOLATILE and not key.endswith("_token_id")}
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -125,6 +138,7 @@ def identify(model: nn.Module, macs_per_token: int) -> BaseModel:
         fingerprint=weights.hexdigest(),
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs_per_token=macs_per_token,
+        macs_per_sequence=macs_per_sequence,
     )
 
 
@@ -134,7 +148,7 @@ def check_base(model: nn.Module, pairs: PairList) -> None:
     Raises:
         MismatchError: architecture, configuration or weights differ.
     """
-    base, here = pairs.base, identify(model, pairs.base.macs_per_token)
+    base, here = pairs.base, identify(model, pairs.base.macs_per_token, pairs.base.macs_per_sequence)
     for what, theirs, ours in (
         ("architecture", base.architecture, here.architecture),
         ("size", f"{base.params:,} parameters", f"{here.params:,} parameters"),
@@ -292,11 +306,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _observe(model: nn.Module, blocks: set[str]) -> tuple[dict[str, Call], int]:
-    """One forward pass of a tiny input: the arguments of each block, and MACs per position."""
+def _observe(model: nn.Module, blocks: set[str]) -> tuple[dict[str, Call], dict[str, int], tuple[int, int]]:
+    """One forward pass of a tiny input.
+
+    Returns:
+        The arguments of each block, the order in which linear maps are called, and MACs per
+        position and per sequence.
+    """
     calls: dict[str, Call] = {}
-    macs: list[int] = []
-    positions: list[int] = []
+    order: dict[str, int] = {}
+    macs: list[tuple[int, int]] = []  # of each call: positions, MACs
 
     def remember(block: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -304,15 +323,19 @@ def _observe(model: nn.Module, blocks: set[str]) -> tuple[dict[str, Call], int]:
 
         return hook
 
-    def count(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        macs.append(output.numel() * module.in_features)
-        positions.append(output.numel() // module.out_features)
+    def count(name: str) -> Any:
+        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            order.setdefault(name, len(order))
+            macs.append((output.numel() // module.out_features, output.numel() * module.in_features))
+
+        return hook
 
     handles = [model.get_submodule(b).register_forward_pre_hook(remember(b), with_kwargs=True) for b in blocks]
-    handles += [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear)]
+    handles += [m.register_forward_hook(count(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     try:
         with evaluating(model), torch.no_grad():
-            model(**_tiny_input(model))
+            batch = _tiny_input(model)
+            model(**batch)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} did not run on a tiny input, so nothing could be proved: {error}"
@@ -320,7 +343,11 @@ def _observe(model: nn.Module, blocks: set[str]) -> tuple[dict[str, Call], int]:
     finally:
         for handle in handles:
             handle.remove()
-    return calls, sum(macs) // max(positions, default=1)
+    tokens = max((positions for positions, _ in macs), default=1)
+    sequences = len(next(iter(batch.values())))
+    everywhere = sum(count for positions, count in macs if positions == tokens)
+    once = sum(count for positions, count in macs if positions != tokens)
+    return calls, order, (everywhere // tokens, once // sequences)
 
 
 def _tiny_input(model: nn.Module) -> dict[str, Any]:
@@ -372,10 +399,10 @@ def _disprove(scope: nn.Module, members: list[Pair], args: tuple[Any, ...], kwar
         dense = copy.deepcopy(scope).double()
     for trial in range(3):
         keep = _random_keep(rng, members, empty=trial == 2)
-        fill = {p.name: rng.normal(size=(p.groups, p.width)) for p in members if fillable(p)}
+        fill = {p.name: rng.normal(size=(p.groups, p.width)) for p in members if p.fillable}
         basis = {}
         if trial == 1:
-            basis = {p.name: rng.normal(size=(p.groups, p.width, p.width)) for p in members if rotatable(p)}
+            basis = {p.name: rng.normal(size=(p.groups, p.width, p.width)) for p in members if p.rotatable}
         selection = Selection(PairList(members, base), keep, fill=fill, basis=basis)
         masks = {name: torch.from_numpy(mask) for name, mask in keep.items()}
         try:
@@ -394,21 +421,6 @@ def _disprove(scope: nn.Module, members: list[Pair], args: tuple[Any, ...], kwar
         if not effect > TOLERANCE:
             return "masking its units does not change its output"
     return None
-
-
-def fillable(pair: Pair) -> bool:
-    """Whether a constant in a removed dimension's place can be folded into the consumer's bias.
-
-    For ``vo`` this holds because attention weights sum to one; the proof would show it if not.
-    """
-    return pair.kind != "qk" and pair.consumer.bias
-
-
-def rotatable(pair: Pair) -> bool:
-    """Whether a head may be rotated without changing the function: nothing but the product
-    stands between the two maps.
-    """
-    return pair.kind != "mlp" and not pair.rotary
 
 
 def _random_keep(rng: np.random.Generator, members: list[Pair], empty: bool) -> dict[str, np.ndarray[Any, Any]]:

@@ -101,7 +101,7 @@ class Lbi:
         pull = float(curvature.quantile(0.25))  # 1/nu
         kappa = 1 / (curvature + pull)  # (N,)
         scaled = probes * kappa.sqrt() / math.sqrt(len(probes))  # (samples, N)
-        steepest = float(torch.linalg.eigvalsh(scaled @ scaled.mT)[-1]) + float((kappa * pull).max())
+        steepest = float(torch.linalg.eigvalsh(scaled @ scaled.mT)[-1]) + 2 * float((kappa * pull).max())
         alpha = cls.SAFETY * 2 / steepest
         lam = cls.FIRST_ENTRY * config.path_steps * alpha * pull
         start = inclusion.lbi_init(len(curvature))._asdict()

@@ -124,7 +124,7 @@ def save_model(
     Raises:
         ArtifactError: the folder cannot be written, or holds something that is not a model.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if (folder.exists() and not folder.is_dir()) or (
         folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
     ):
@@ -140,8 +140,12 @@ def save_model(
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old)
+            try:
+                part.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             part.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -190,20 +194,34 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     def size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
+    if not all(isinstance(part, Mapping) for part in record.values()):
+        raise ArtifactError("the shape record is malformed: modules, attributes and rotary must be dicts")
     allowed = {*slicing.HEAD_DIM_ATTRIBUTES, *slicing.HEAD_COUNT_ATTRIBUTES, "all_head_size"}
     for name, shape in record["modules"].items():
-        pad = shape.get("pad")
-        good = set(shape) == {"in_features", "out_features", "bias", "pad"} and isinstance(shape["bias"], bool)
+        pad = shape.get("pad") if isinstance(shape, Mapping) else None
+        good = (
+            isinstance(shape, Mapping)
+            and set(shape) == {"in_features", "out_features", "bias", "pad"}
+            and isinstance(shape["bias"], bool)
+        )
         good = good and size(shape["in_features"]) and size(shape["out_features"])
         if good and pad is not None:
-            good = set(pad) == {"side", "blocks", "width", "padded"} and pad["side"] in ("in", "out")
+            good = (
+                isinstance(pad, Mapping)
+                and set(pad) == {"side", "blocks", "width", "padded"}
+                and pad["side"] in ("in", "out")
+            )
             good = good and all(size(pad[key]) for key in ("blocks", "width", "padded"))
             good = good and pad["width"] <= pad["padded"]
             good = good and pad["blocks"] * pad["width"] == shape[f"{pad['side']}_features"]
         if not good:
             raise ArtifactError(f"the shape record of {name} is malformed: {shape!r}")
     for name, attributes in record["attributes"].items():
-        if not set(attributes) <= allowed or not all(size(value) for value in attributes.values()):
+        if (
+            not isinstance(attributes, Mapping)
+            or not set(attributes) <= allowed
+            or not all(size(value) for value in attributes.values())
+        ):
             raise ArtifactError(
                 f"the shape record of {name} sets {attributes!r}; only sizes in {sorted(allowed)} may be set"
             )

@@ -65,13 +65,17 @@ def lbi_step(
 
 
 def lbi_step_bound(lipschitz: float, *, nu: float, kappa: float) -> float:
-    """Largest stable alpha, 2 / (kappa (Lip + 1 / nu)) (SPP, theorem 1).
+    """A stable alpha, 2 / (kappa (Lip + 2 / nu)).
+
+    Departs from the text: SPP (theorem 1) has 1 / nu. M and gamma move together, and the coupled loss
+    L(M) + |M - gamma|^2 / (2 nu) has curvature up to Lip + 2 / nu in (M, gamma): with 1 / nu the iteration
+    oscillates or diverges once gamma has entered (tests/test_inclusion.py).
 
     Args:
         lipschitz: constant of the gradient of L.
         nu, kappa: as in ``lbi_step``.
     """
-    return 2 / (kappa * (lipschitz + 1 / nu))
+    return 2 / (kappa * (lipschitz + 2 / nu))
 
 
 def lyapunov(
@@ -158,7 +162,7 @@ class SampledState(NamedTuple):
 def sampled_init(curvature: Tensor) -> SampledState:
     """Start from the ranks of a curvature diagonal, scaled to [0, 1], and from the mean."""
     ranks = torch.empty_like(curvature, dtype=torch.float32)
-    ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, len(curvature))
+    ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, len(curvature)).to(ranks)
     return SampledState(ranks, torch.zeros_like(ranks), adam_init(len(ranks)), adam_init(len(ranks)))
 
 

@@ -42,6 +42,12 @@ class Slot:
     repeat: int = 1
     bias: bool = False
 
+    def __post_init__(self) -> None:
+        if self.side not in ("out", "in") or not all(isinstance(n, int) and n > 0 for n in (self.size, self.repeat)):
+            raise ValueError(
+                f"{self.module}: side={self.side!r}, size={self.size!r}, repeat={self.repeat!r} make no slot"
+            )
+
     @property
     def unit_params(self) -> int:
         """Parameters that one inner dimension of one group owns in this map."""
@@ -73,6 +79,12 @@ class Pair:
     width: int
     slots: tuple[Slot, ...]
     rotary: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("qk", "vo", "mlp") or len(self.slots) < 2:
+            raise ValueError(f"{self.name}: kind={self.kind!r} with {len(self.slots)} maps makes no pair")
+        if not all(isinstance(n, int) and n > 0 for n in (self.groups, self.width)):
+            raise ValueError(f"{self.name}: groups={self.groups!r} and width={self.width!r} must be at least 1")
 
     @property
     def dims_per_unit(self) -> int:
@@ -108,6 +120,19 @@ class Pair:
         return self.dims_per_unit * (linear + (0 if self.kind == "mlp" else heads * seq_len))
 
     @property
+    def fillable(self) -> bool:
+        """Whether a constant in a removed dimension's place can be folded into the consumer's bias.
+
+        For ``vo`` this holds because attention weights sum to one; the proof of the pair would show it if not.
+        """
+        return self.kind != "qk" and self.consumer.bias
+
+    @property
+    def rotatable(self) -> bool:
+        """Whether nothing but the product stands between the two maps, so that a head may be rotated."""
+        return self.kind != "mlp" and not self.rotary
+
+    @property
     def mask_slot(self) -> Slot:
         """The one map at which masking is enough to switch units off: key, value, or the MLP's down."""
         return self.slots[1] if self.kind == "qk" else self.slots[0] if self.kind == "vo" else self.slots[-1]
@@ -137,7 +162,8 @@ class BaseModel:
         config_hash: SHA-256 of the configuration without what loading or saving adds.
         fingerprint: SHA-256 of parameter names, shapes and a sample of the values.
         params: parameters of the whole model.
-        macs_per_token: multiply-accumulates of all linear maps, per token of input.
+        macs_per_token: multiply-accumulates of the linear maps that run at every token, per token of input.
+        macs_per_sequence: of those that run once a sequence (poolers, classification heads).
     """
 
     architecture: str
@@ -145,6 +171,7 @@ class BaseModel:
     fingerprint: str
     params: int
     macs_per_token: int
+    macs_per_sequence: int = 0
 
 
 class PairList(list[Pair]):

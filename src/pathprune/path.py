@@ -69,14 +69,25 @@ class SolutionPath:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise MismatchError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if self.multiple < 1 or self.seq_len < 1:
-            raise MismatchError(f"multiple={self.multiple} and seq_len={self.seq_len} must be at least 1")
+        if not all(isinstance(value, int) and value >= 1 for value in (self.multiple, self.seq_len)):
+            raise MismatchError(f"multiple={self.multiple} and seq_len={self.seq_len} must be integers, at least 1")
+        if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
+            raise MismatchError("config and versions must be dicts")
         names = {pair.name for pair in self.pairs}
+        if len(names) < len(self.pairs):
+            raise MismatchError("two pairs have the same name")
+        for part in ("ranking", "fill", "basis"):  # as it will be on disk, so that saving changes no family
+            arrays = {name: np.asarray(array, dtype=np.float32) for name, array in getattr(self, part).items()}
+            object.__setattr__(self, part, arrays)
         if set(self.ranking) != names:
             raise MismatchError(
                 f"the ranking does not name the model's pairs: missing {sorted(names - set(self.ranking))[:3]}, "
                 f"unknown {sorted(set(self.ranking) - names)[:3]}"
             )
+        fillable = {pair.name for pair in self.pairs if pair.fillable}
+        rotatable = {pair.name for pair in self.pairs if pair.rotatable}
+        if wrong := sorted((set(self.fill) - fillable) | (set(self.basis) - rotatable)):
+            raise MismatchError(f"a fill or basis for {wrong[0]}, which takes none or is no pair of the model")
         for pair in self.pairs:
             _check(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
             if pair.name in self.fill:
@@ -107,7 +118,7 @@ class SolutionPath:
             MismatchError: names or shapes are not those of the pairs, or a score is not finite.
         """
         ranking = {
-            name: np.asarray(score.detach().cpu() if hasattr(score, "detach") else score, dtype=np.float32)
+            name: np.asarray(score.detach().cpu().float() if hasattr(score, "detach") else score, dtype=np.float32)
             for name, score in scores.items()
         }
         return cls(pairs, ranking, unit=unit, multiple=multiple, seq_len=seq_len, versions=library_versions())

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pathprune.budget import Selection
-from pathprune.errors import MismatchError
+from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import Pair, Slot
 
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size")
@@ -159,34 +159,40 @@ def _attention_record(model: nn.Module, selection: Selection, members: list[Pair
     for pair in members:
         if len({len(dims) for dims in pair.dims(selection.keep[pair.name])}) > 1:
             raise MismatchError(f"{pair.name}: heads must keep equally many dimensions")
+        if pair.rotary and len({dims.tobytes() for dims in pair.dims(selection.keep[pair.name])}) > 1:
+            raise MismatchError(f"{pair.name}: heads must keep the same dimensions, as they share the rotary embedding")
     widths = [selection.widths(pair)[1] for pair in members]
     count = selection.widths(members[0])[0]
     halves = any(pair.rotary for pair in members)
     padded = max(widths) + (halves and max(widths) % 2)  # rotary embedding rotates an even number of dimensions
+    name = members[0].slots[0].module.rpartition(".")[0]
+    attention = model.get_submodule(name)
+    seen = count
     if count == 0:
-        padded = members[0].width  # zero heads of the old width: view(..., -1, head_dim) of nothing stays defined
+        # Zero heads of the old width: view(..., -1, head_dim) of nothing stays defined. A decoder's cache
+        # counts positions by its first layer's keys, and is shown one thin head of zeros instead.
+        seen = int(bool(getattr(attention, "is_causal", False)))
+        padded = min(8, members[0].width) if seen else members[0].width
     for pair, width in zip(members, widths, strict=True):
         parts = pair.dims_per_unit
         for slot in pair.slots:
             shape = _shape(slot, count * slot.repeat * width)
-            if count and width != padded:
+            if seen and width != padded:
                 shape["pad"] = {
                     "side": slot.side,
-                    "blocks": count * slot.repeat * parts,
+                    "blocks": seen * slot.repeat * parts,
                     "width": width // parts,
                     "padded": padded // parts,
                 }
             record["modules"][slot.module] = shape
-    name = members[0].slots[0].module.rpartition(".")[0]
-    attention = model.get_submodule(name)
     values = dict.fromkeys(HEAD_DIM_ATTRIBUTES, padded)
     for attribute in HEAD_COUNT_ATTRIBUTES:
         kv = attribute == "num_key_value_heads"
-        values[attribute] = count * (1 if kv else max(slot.repeat for pair in members for slot in pair.slots))
+        values[attribute] = seen * (1 if kv else max(slot.repeat for pair in members for slot in pair.slots))
     values["all_head_size"] = padded * values["num_heads"]
     record["attributes"][name] = {key: value for key, value in values.items() if hasattr(attention, key)}
     for pair, width in zip(members, widths, strict=True):
-        if pair.rotary and count:
+        if pair.rotary and seen:
             kept = np.flatnonzero(selection.keep[pair.name].any(axis=0)).tolist()
             half = kept + [0] * ((padded - width) // 2)  # a padded column rotates zeros; any angle will do
             record["rotary"][name] = half + [column + pair.units for column in half]
@@ -263,11 +269,34 @@ def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
             raise MismatchError(
                 f"{name} is a {type(old).__name__}, not a linear map; the shape record is of another model"
             )
+        _check_smaller(name, shape, old)
         model.set_submodule(name, _linear(shape, old.weight.device, old.weight.dtype))
     _shape_attention(model, record)
 
 
+def _check_smaller(name: str, shape: Mapping[str, Any], old: nn.Linear) -> None:
+    """A slice is never larger than its dense map; a record that says so would only claim memory."""
+    for side in ("in", "out"):
+        size, limit, pad = shape[f"{side}_features"], getattr(old, f"{side}_features"), shape["pad"]
+        shown = pad["blocks"] * pad["padded"] if pad and pad["side"] == side else size
+        if max(size, shown) > limit:
+            raise ArtifactError(
+                f"the shape record gives {name} {side}_features={max(size, shown)}; the dense map has {limit}"
+            )
+
+
 def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
+    for name, columns in record["rotary"].items():
+        width = next(
+            (
+                getattr(model.get_submodule(name), a)
+                for a in HEAD_DIM_ATTRIBUTES
+                if hasattr(model.get_submodule(name), a)
+            ),
+            0,
+        )
+        if max(columns, default=0) >= width:
+            raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
     for name, attributes in record["attributes"].items():
         for attribute, value in attributes.items():
             setattr(model.get_submodule(name), attribute, value)
