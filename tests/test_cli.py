@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pathprune as pp
 from helpers import VOCAB, tiny_bert
+from pathprune.cli import main
 from pathprune.path import SolutionPath
 
 COMMAND = [sys.executable, "-c", "from pathprune.cli import main; main()"]
@@ -39,61 +41,76 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*args: object, check: int = 0) -> subprocess.CompletedProcess[str]:
+def call(*args: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, where starting costs seconds."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, env=env)
-    assert done.returncode == check, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def test_the_whole_pipeline(dense: Path, tmp_path: Path) -> None:
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    """The same command inside this process: (exit code, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pathprune", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
+    def answer(*args: object) -> Any:
+        code, out, err = ask(*args)
+        assert code == 0, err
+        return json.loads(out) if "--json" in args else out
+
     texts = dense.parent / "texts.txt"
-    facts = json.loads(call("inspect", dense, "--json").stdout)
+    facts = answer("inspect", dense, "--json")
     assert len(facts["pairs"]) == 6
     assert 0 < facts["prunable_fraction"] < 1
-    assert "encoder.layer.1.attention.qk" in call("inspect", dense).stdout
+    assert "encoder.layer.1.attention.qk" in answer("inspect", dense)
 
     done = call("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 8, "--multiple", 2, "--seed", 3)
     assert "pathprune slice" in done.stdout  # what to do next
     assert "search" not in done.stderr  # no bar when piped
     assert SolutionPath.load(tmp_path / "run").config["seed"] == 3
 
-    facts = json.loads(
-        call("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half", "--json").stdout
-    )
+    half, recovered = tmp_path / "half", tmp_path / "recovered"
+    facts = answer("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", half, "--json")
     assert facts["prunable_params_kept_fraction"] <= 0.5
-    assert (tmp_path / "half" / "tokenizer.json").exists()
-    call("slice", tmp_path / "run", dense, "--params", facts["params"], "--out", tmp_path / "same")
-    call("slice", tmp_path / "run", dense, "--macs", 0.9, "--out", tmp_path / "macs")
+    assert (half / "tokenizer.json").exists()
+    answer("slice", tmp_path / "run", dense, "--params", facts["params"], "--out", tmp_path / "same")
+    answer("slice", tmp_path / "run", dense, "--macs", 0.9, "--out", tmp_path / "macs")
 
-    facts = json.loads(
-        call(
-            "recover", tmp_path / "half", "--teacher", dense, "--data", dense.parent / "texts.jsonl", "--field", "body",
-            "--steps", 20, "--lr", 3e-3, "--out", tmp_path / "recovered", "--json",
-        ).stdout
-    )  # fmt: skip
+    jsonl = ("--data", dense.parent / "texts.jsonl", "--field", "body")
+    settings = ("--steps", 20, "--lr", 3e-3)
+    facts = answer("recover", half, "--teacher", dense, *jsonl, *settings, "--out", recovered, "--json")
     assert facts["cosine_on_training_data"]["after"] > facts["cosine_on_training_data"]["before"]
-    facts = json.loads(
-        call(
-            "evaluate", tmp_path / "half", tmp_path / "recovered", "--teacher", dense, "--data", texts, "--json"
-        ).stdout
-    )
-    rows = facts["models"]
-    assert [row["cosine"] for row in rows][0] == pytest.approx(1)
+    rows = answer("evaluate", half, recovered, "--teacher", dense, "--data", texts, "--json")["models"]
+    assert rows[0]["cosine"] == pytest.approx(1)
     assert rows[1]["params"] == rows[2]["params"] < rows[0]["params"]
     assert rows[1]["bytes_on_disk"] < rows[0]["bytes_on_disk"]
-    assert "half" in call("evaluate", tmp_path / "half", "--teacher", dense, "--data", texts).stdout
+    assert "half" in answer("evaluate", half, "--teacher", dense, "--data", texts)
 
 
-def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, ask: Ask) -> None:
     texts = dense.parent / "texts.txt"
     run = tmp_path / "run"
-    call("search", dense, "--data", texts, "--out", run, "--steps", 4)
+    assert ask("search", dense, "--data", texts, "--out", run, "--steps", 4)[0] == 0
 
     def refused(message: str, *args: object) -> None:
-        done = call(*args, check=2)
-        assert message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, err = ask(*args)
+        assert code == 2
+        assert message in err
+        assert "Traceback" not in err
 
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.jsonl").write_text("{")

@@ -31,30 +31,34 @@ def test_closed_form_solves_the_weighted_regression() -> None:
 
     inputs, targets = [], []
     for batch in data:
-        seen = {}
-        for key, model in (("x", small), ("y", teacher)):
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for model in (small, teacher):
             handle = model.get_submodule(first).register_forward_hook(
-                lambda module, args, output, key=key: seen.update({key: args[0] if key == "x" else output})
+                lambda module, args, output, seen=seen: seen.append((args[0], output))
             )
             with torch.no_grad():
                 model(**batch)
             handle.remove()
+        (x, _), (_, y) = seen
         module = small.get_submodule(first)
-        x = module.crop(seen["x"]) if hasattr(module, "crop") else seen["x"]
+        x = module.crop(x) if hasattr(module, "crop") else x
         real = batch["attention_mask"].bool()
         inputs.append(torch.cat([x[real], torch.ones(int(real.sum()), 1)], 1))
-        targets.append(seen["y"][real])
+        targets.append(y[real])
     x, y = torch.cat(inputs), torch.cat(targets)
     weight = 1 / y.norm(dim=1, keepdim=True)
     reference = torch.linalg.lstsq(x * weight, y * weight).solution  # (in + 1, out)
-    module = fitted.get_submodule(first)
-    got = torch.cat([module.weight.T, module.bias[None]])
-    residual = ((x @ got - y) * weight).square().sum()
-    best = ((x @ reference - y) * weight).square().sum()
-    assert residual <= best * (1 + 1e-6)
-    assert (
-        (x @ torch.cat([small.get_submodule(first).weight.T, small.get_submodule(first).bias[None]]) - y) * weight
-    ).square().sum() > 1.05 * best
+
+    def residual(solution: torch.Tensor) -> float:
+        return float(((x @ solution - y) * weight).square().sum())
+
+    def parameters(model: torch.nn.Module) -> torch.Tensor:
+        module = model.get_submodule(first)
+        return torch.cat([module.weight.T, module.bias[None]])
+
+    best = residual(reference)
+    assert residual(parameters(fitted)) <= best * (1 + 1e-6)
+    assert residual(parameters(small)) > 1.05 * best
 
 
 @pytest.mark.parametrize("method", ["closed-form", "distill"])
@@ -105,9 +109,9 @@ def test_bad_input_is_refused() -> None:
         pp.recover(small, teacher=teacher, data=tiny_batches(), steps=0)
     with pytest.raises(pp.DataError, match="unknown setting"):
         pp.recover(small, teacher=teacher, data=tiny_batches(), epochs=3)
+    broken = tiny_bert()
+    broken.embeddings.word_embeddings.weight.data[:] = float("nan")
     with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):
-        broken = tiny_bert()
-        broken.embeddings.word_embeddings.weight.data[:] = float("nan")
         pp.recover(small, teacher=broken, data=tiny_batches(), steps=2, progress=False)
     with pytest.raises(pp.MismatchError, match="not sliced from"):
         pp.recover(small, teacher=small, data=tiny_batches(), method="closed-form")
