@@ -44,8 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     source = demo.minilm()
     model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    texts = demo.passages(demo.bbc_articles("search"))[: 16 * demo.SEARCH_BATCHES]
-    data = tokenized(texts, tokenizer, batch_size=16, max_length=demo.SEARCH_TOKENS)
+    data = demo.calibration(tokenizer)[: demo.SEARCH_BATCHES]
     held_out = demo.passages(demo.bbc_articles("choice"))[:512]
     unseen = tokenized(held_out, tokenizer, batch_size=32, max_length=demo.SEARCH_TOKENS)
     rows = []

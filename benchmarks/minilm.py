@@ -26,6 +26,7 @@ from pathprune import demo
 from pathprune.artifact import write_text
 from pathprune.data import Batch, Batches, tokenized
 from pathprune.evaluation import fidelity, latency, machine
+from pathprune.masks import attach_masks
 from pathprune.objectives import EmbeddingObjective
 from pathprune.path import library_versions
 from pathprune.searching import SearchConfig, _frozen, _Run
@@ -39,9 +40,6 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
     with _frozen(model):
         run = _Run(model, pairs, Batches(model, batches), objective, SearchConfig(steps=10 * rounds), None, False)
         run.start()
-        run.config = run.driver.config
-        from pathprune.masks import attach_masks
-
         for batch in islice(iter(Batches(model, batches)), rounds):
             embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {key: value for key, value in batch.items() if key != "input_ids"}
@@ -54,10 +52,15 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
                     start = time.perf_counter()
                     run._step(batch)
                     taken.append(time.perf_counter() - start)
+    again = statistics.median(b / a for a, b in zip(dense, known, strict=True))
+    new = statistics.median(b / a for a, b in zip(dense, fresh, strict=True))
+    share = len(batches) / SearchConfig().path_steps
     return {
         "dense_forward_backward_seconds": statistics.median(dense),
-        "step_ratio_batch_seen_before": statistics.median(b / a for a, b in zip(dense, known, strict=True)),
-        "step_ratio_batch_new": statistics.median(b / a for a, b in zip(dense, fresh, strict=True)),
+        "step_ratio_batch_seen_before": again,
+        "step_ratio_batch_new": new,
+        "share_of_new_batches": share,
+        "step_ratio_mean": share * new + (1 - share) * again,
     }
 
 
@@ -75,8 +78,7 @@ def main() -> None:
     unseen = tokenized(held_out, tokenizer, batch_size=32, max_length=demo.SEARCH_TOKENS)
     runs = []
     for seed in range(args.seeds):
-        texts = demo.passages(demo.bbc_articles("search"), seed)
-        data = tokenized(texts, tokenizer, batch_size=16, max_length=demo.SEARCH_TOKENS)
+        data = demo.calibration(tokenizer, seed)[: demo.SEARCH_BATCHES]
         start = time.perf_counter()
         path = pp.search(model, data, steps=args.steps, seed=seed)
         seconds = time.perf_counter() - start

@@ -23,8 +23,7 @@ def test_quality_before_recovery() -> None:
     """With half of the default steps, the family already beats the prototypes' targets."""
     source = demo.minilm()
     model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    texts = demo.passages(demo.bbc_articles("search"))[: 16 * demo.SEARCH_BATCHES]
-    data = tokenized(texts, tokenizer, batch_size=16, max_length=demo.SEARCH_TOKENS)
+    data = demo.calibration(tokenizer)[: demo.SEARCH_BATCHES]
     path = pp.search(model, data, steps=200, progress=False)
     held_out = demo.passages(demo.bbc_articles("test"))[:256]
     unseen = tokenized(held_out, tokenizer, batch_size=32, max_length=demo.SEARCH_TOKENS)

@@ -28,7 +28,7 @@ from pathprune.discovery import evaluating
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
 from pathprune.hub import save_model
-from pathprune.objectives import EmbeddingObjective, Targets, pooled
+from pathprune.objectives import EmbeddingObjective, Targets, last_hidden, pooled
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
 from pathprune.searching import search
@@ -84,6 +84,15 @@ def passages(articles: list[tuple[str, str]], seed: int = 0) -> list[str]:
     texts = [line for line in lines if len(line.split()) >= 8]
     random.Random(seed).shuffle(texts)
     return texts
+
+
+def calibration(tokenizer: Any, seed: int = 0) -> list[Batch]:
+    """Unlabelled batches of 16 short texts from the search split: paragraphs and the openings of articles, in turns."""
+    articles = bbc_articles("search")
+    openings = [article for _, article in articles]
+    random.Random(seed).shuffle(openings)
+    texts = [text for two in zip(passages(articles, seed), openings, strict=False) for text in two]
+    return tokenized(texts, tokenizer, batch_size=16, max_length=SEARCH_TOKENS)
 
 
 def lee() -> tuple[list[str], Tensor]:
@@ -145,7 +154,7 @@ class Judge:
 def embed(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Normalised mean-pooled embeddings, (texts, d)."""
     with evaluating(model), torch.inference_mode():
-        return torch.cat([F.normalize(pooled(model(**batch), batch), dim=-1) for batch in batches])
+        return torch.cat([F.normalize(pooled(last_hidden(model(**batch)), batch), dim=-1) for batch in batches])
 
 
 def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -160,11 +169,10 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
     logging.disable_progress_bar()
     source = minilm()
     dense, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    texts = passages(bbc_articles("search"), seed)
-    data = tokenized(texts, tokenizer, batch_size=16, max_length=SEARCH_TOKENS)
+    data = calibration(tokenizer, seed)
     seconds = {}
 
-    say(f"1/4 search: {steps} steps of 16 BBC paragraphs, no labels")
+    say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
     path = search(dense, data[:SEARCH_BATCHES], steps=steps, seed=seed, out=out / "path")
     seconds["search"] = time.perf_counter() - began
@@ -188,8 +196,9 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
     say(f"3/4 recover each: {recover_steps} distillation steps")
     began = time.perf_counter()
     settings: dict[str, Any] = {"method": "distill", "steps": recover_steps, "seed": seed}
+    teacher = Targets(dense, HiddenObjective())  # every size sees the same batches: the dense model runs once
     for entry, small in zip(members[1:], sliced, strict=True):
-        save_model(recover(small, teacher=dense, data=data, **settings), out / entry["folder"], source=source)
+        save_model(recover(small, teacher=teacher, data=data, **settings), out / entry["folder"], source=source)
     seconds["recover"] = time.perf_counter() - began
 
     say("4/4 measure the recovered models, as loaded from disk")

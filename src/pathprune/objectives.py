@@ -39,17 +39,31 @@ class EmbeddingObjective:
     """One minus the cosine of mean-pooled sentence (or image) embeddings."""
 
     def target(self, outputs: Any, batch: Batch) -> Tensor:
-        return pooled(outputs, batch)
+        return pooled(last_hidden(outputs), batch)
 
     def loss(self, outputs: Any, batch: Batch, target: Tensor) -> Tensor:
-        return (1 - F.cosine_similarity(pooled(outputs, batch), target, dim=-1)).mean()
+        return (1 - F.cosine_similarity(pooled(last_hidden(outputs), batch), target, dim=-1)).mean()
 
     def probe(self, outputs: Any, batch: Batch, noise: torch.Generator) -> Tensor:
-        unit = F.normalize(pooled(outputs, batch), dim=-1)
+        unit = F.normalize(pooled(last_hidden(outputs), batch), dim=-1)
         return (unit * torch.randn(unit.shape, generator=noise).to(unit)).sum()
 
 
-OBJECTIVES = {"embedding": EmbeddingObjective}
+class HiddenObjective(EmbeddingObjective):
+    """The embedding's distance plus one minus the cosine of every real token's last hidden state."""
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        return last_hidden(outputs)
+
+    def loss(self, outputs: Any, batch: Batch, target: Tensor) -> Tensor:
+        hidden = last_hidden(outputs)
+        apart = 1 - F.cosine_similarity(hidden, target, dim=-1)  # (B, T)
+        weight = token_weights(hidden, batch)[..., 0]
+        between = 1 - F.cosine_similarity(pooled(hidden, batch), pooled(target, batch), dim=-1)  # (B,)
+        return between.mean() + (apart * weight).sum() / weight.sum().clamp_min(1)
+
+
+OBJECTIVES = {"embedding": EmbeddingObjective, "hidden": HiddenObjective}
 
 
 def get_objective(objective: str | Objective) -> Objective:
@@ -61,18 +75,30 @@ def get_objective(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]()
 
 
-def pooled(outputs: Any, batch: Batch) -> Tensor:
-    """Mean of the last hidden state over the real tokens, (B, d)."""
+def last_hidden(outputs: Any) -> Tensor:
+    """The last hidden state, (B, T, d).
+
+    Raises:
+        DataError: the model has none.
+    """
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         raise DataError(
-            f"the embedding objective needs a last_hidden_state; {type(outputs).__name__} has none. "
+            f"this objective needs a last_hidden_state; {type(outputs).__name__} has none. "
             "Load the model with AutoModel"
         )
+    return hidden
+
+
+def token_weights(hidden: Tensor, batch: Batch) -> Tensor:
+    """One for real tokens, zero for padding, (B, T, 1)."""
     mask = batch.get("attention_mask")
-    if mask is None:
-        return hidden.mean(dim=1)
-    weight = mask.unsqueeze(-1).to(hidden)
+    return torch.ones_like(hidden[..., :1]) if mask is None else mask.unsqueeze(-1).to(hidden)
+
+
+def pooled(hidden: Tensor, batch: Batch) -> Tensor:
+    """Mean of a hidden state over the real tokens, (B, d)."""
+    weight = token_weights(hidden, batch)
     return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pathprune.data import Batches
 from pathprune.discovery import evaluating
 from pathprune.errors import DataError, MismatchError
+from pathprune.objectives import Targets
 from pathprune.recovery.closed_form import least_squares
 from pathprune.recovery.distill import distill
 
@@ -20,7 +21,7 @@ Method = Literal["closed-form", "distill"]
 def recover(
     small: nn.Module,
     *,
-    teacher: nn.Module,
+    teacher: nn.Module | Targets,
     data: Iterable[Mapping[str, Tensor]],
     method: Method = "distill",
     progress: bool | None = None,
@@ -30,7 +31,7 @@ def recover(
 
     Args:
         small: sliced from ``teacher``.
-        teacher: the dense model.
+        teacher: the dense model; or its remembered outputs, where several sizes are distilled on the same data.
         data: re-iterable of model-input dicts.
         method: ``"closed-form"`` fits the maps that read thinned axes by least squares, layer by
             layer (``least_squares``); ``"distill"`` trains the weights to imitate the teacher (``distill``).
@@ -42,16 +43,19 @@ def recover(
         MismatchError: ``small`` was not sliced from a model like ``teacher``.
         DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
     """
-    functions: dict[str, Callable[..., None]] = {"closed-form": least_squares, "distill": distill}
-    if method not in functions:
-        raise DataError(f"method={method!r} is not one of {', '.join(functions)}")
-    _check_sliced(small, teacher)
-    batches = Batches(teacher, data)
+    if method not in ("closed-form", "distill"):
+        raise DataError(f"method={method!r} is not one of closed-form, distill")
+    dense = teacher.teacher if isinstance(teacher, Targets) else teacher
+    _check_sliced(small, dense)
+    batches = Batches(dense, data)
     student = copy.deepcopy(small)
     hidden = None if progress is None else not progress
-    with evaluating(teacher), evaluating(student):
+    with evaluating(dense), evaluating(student):
         try:
-            functions[method](student, teacher, batches, hidden=hidden, **settings)
+            if method == "distill":
+                distill(student, teacher, batches, hidden=hidden, **settings)
+            else:
+                least_squares(student, dense, batches, hidden=hidden, **settings)
         except TypeError as error:
             if "unexpected keyword" not in str(error):
                 raise

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from tqdm import tqdm
 
 from pathprune.data import Batches, check_finite
 from pathprune.errors import DataError
-from pathprune.objectives import Batch, Objective, get_objective
+from pathprune.objectives import Objective, Targets, get_objective
 
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Targets,
     batches: Batches,
     *,
     hidden: bool | None,
     steps: int = 300,
     lr: float = 3e-4,
-    objective: str | Objective = "embedding",
+    objective: str | Objective = "hidden",
     seed: int = 0,
 ) -> None:
     """Train in place with AdamW on a one-cycle schedule.
@@ -33,14 +30,14 @@ def distill(
     Args:
         steps: batches to train on.
         lr: peak learning rate.
-        objective: what is imitated, besides the hidden state of every token.
+        objective: what is imitated; by default every token's last hidden state and the embedding.
 
     Raises:
         DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
     """
     if steps < 1 or lr <= 0:
         raise DataError(f"steps={steps} and lr={lr} must be positive")
-    goal = get_objective(objective)
+    targets = teacher if isinstance(teacher, Targets) else Targets(teacher, get_objective(objective))
     torch.manual_seed(seed)
     tables = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
@@ -56,11 +53,8 @@ def distill(
         with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
             for step in bar:
                 batch = next(stream)
-                with torch.no_grad():
-                    wanted = teacher(**batch)
-                    target = goal.target(wanted, batch)
-                outputs = student(**batch)
-                loss = goal.loss(outputs, batch, target) + token_distance(outputs, wanted, batch)
+                target = targets(batch)
+                loss = targets.objective.loss(student(**batch), batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -72,12 +66,3 @@ def distill(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-
-
-def token_distance(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """One minus the cosine of the last hidden states, averaged over real tokens."""
-    distance = 1 - F.cosine_similarity(outputs.last_hidden_state, wanted.last_hidden_state, dim=-1)  # (B, T)
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return distance.mean()
-    return (distance * mask).sum() / mask.sum().clamp_min(1)
