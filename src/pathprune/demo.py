@@ -28,7 +28,7 @@ from pathprune.discovery import evaluating
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
 from pathprune.hub import save_model
-from pathprune.objectives import EmbeddingObjective, Targets, last_hidden, pooled
+from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets, last_hidden, pooled
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
 from pathprune.searching import search

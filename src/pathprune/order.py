@@ -117,10 +117,10 @@ class _Walk:
     def _neurons(self, pair: Pair) -> None:
         score = self.score[pair.name][0]  # (U,)
         ascending = np.argsort(score, kind="stable")
-        cuts = np.arange(self._first(pair.units), pair.units, self.multiple)
-        for event, chunk in enumerate(np.split(ascending, cuts)):
-            self.leaves[pair.name][0, chunk] = event
-            self.value.append(float(score[chunk].mean()))
+        starts = np.r_[0, np.arange(self._first(pair.units), pair.units, self.multiple)]
+        sizes = np.diff(np.r_[starts, pair.units])
+        self.leaves[pair.name][0, ascending] = np.repeat(np.arange(len(starts)), sizes)
+        self.value = (np.add.reduceat(score[ascending], starts) / sizes).tolist()
 
     def _attention(self) -> None:
         groups = self.members[0].groups
@@ -176,6 +176,8 @@ class _Walk:
 
 def _pool(value: Floats, weight: Ints) -> Floats:
     """Nearest non-decreasing sequence in weighted least squares (pool adjacent violators)."""
+    if (np.diff(value) >= 0).all():
+        return value
     pools: list[tuple[float, float, int]] = []  # mean, weight, length
     for mean, total in zip(value.tolist(), weight.tolist(), strict=True):
         pool = (mean, float(total), 1)
