@@ -50,7 +50,7 @@ def test_closed_form_solves_the_weighted_regression() -> None:
     reference = torch.linalg.lstsq(x * weight, y * weight).solution  # (in + 1, out)
 
     def residual(solution: torch.Tensor) -> float:
-        return float(((x @ solution - y) * weight).square().sum())
+        return float(((x @ solution - y) * weight).square().sum().detach())
 
     def parameters(model: torch.nn.Module) -> torch.Tensor:
         module = model.get_submodule(first)

@@ -105,7 +105,7 @@ class _MaskHook:
             if per_sample:  # broadcast over the positions between batch and heads
                 lift = (slice(None),) + (None,) * (heads.dim() - 3)
                 scale, shift = scale[lift], None if shift is None else shift[lift]
-            heads = heads * scale if shift is None else heads * scale + shift
+            heads = heads * scale if shift is None else torch.addcmul(shift, heads, scale)
             return heads.flatten(-2)
         rotation, inverse = self.rotation.to(y), self.inverse.to(y)
         project = inverse @ (mask.unsqueeze(-1) * rotation)  # (..., G, D, D)
