@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ResNetConfig, ResNetModel
 
 import pathprune as pp
 from helpers import VOCAB, tiny_bert
@@ -120,6 +120,10 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
     refused("is not text", "search", dense, "--data", tmp_path / "broken.jsonl", "--out", new)
     refused("steps=1 must be", "search", dense, "--data", texts, "--out", new, "--steps", 1)
     refused("cannot load a model", "inspect", tmp_path / "absent")
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+    ResNetModel(ResNetConfig(num_channels=3, **shape)).save_pretrained(tmp_path / "resnet")
+    refused("ResNetModel: no attention or MLP", "inspect", tmp_path / "resnet")
+    refused("must be at least 1", "search", dense, "--data", texts, "--out", new, "--multiple", 0)
     refused("exactly one of", "slice", run, dense, "--out", new)
     refused("smallest model", "slice", run, dense, "--params", 10, "--out", new)
     refused("not in (0, 1]", "slice", run, dense, "--keep", 1.5, "--out", new)
@@ -135,7 +139,7 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
     tensors.write_bytes(tensors.read_bytes()[:-10])
     refused("truncated", "slice", run, dense, "--keep", 0.5, "--out", new)
     refused("No such option", "search", "--nonsense")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "empty.txt", "other", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "empty.txt", "other", "resnet", "run"]
 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
@@ -163,6 +167,21 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Pat
     path = SolutionPath.load(out)
     assert len(path.trajectory.loss) == 2880
     assert not (out / "checkpoint.json").exists()
+
+
+def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
+    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    texts = dense.parent / "texts.txt"
+    assert ask("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 4)[0] == 0
+    monkeypatch.setattr("pathprune.slicing.slice_modules", stop)
+    code, _, err = ask("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half")
+    assert code == 130
+    assert "Stopped" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_help_is_instant_and_version_agrees() -> None:

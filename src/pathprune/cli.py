@@ -58,10 +58,19 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object, fo
 def main() -> None:
     """Entry point: bad input ends with one clear line and exit code 2, Ctrl-C with 130."""
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except PathpruneError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("Stopped; nothing is left half-written.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # a wrong option or argument, which knows how to show itself
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @app.callback(invoke_without_command=True)

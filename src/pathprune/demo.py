@@ -26,7 +26,7 @@ from pathprune.budget import Budget
 from pathprune.data import Batch, tokenized
 from pathprune.discovery import evaluating
 from pathprune.errors import DataError
-from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
+from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
 from pathprune.hub import save_model
 from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets, last_hidden, pooled
 from pathprune.recovery import recover
@@ -226,6 +226,7 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
         latency_tokens=LATENCY_TOKENS,
         settings={"search": path.config, "recover": settings},
         seconds=seconds,
+        peak_memory_gib=round(peak_memory() / 2**30, 2),
     )
     write_text(out / "family.json", json.dumps(family, indent=1))
     for entry in members[1:]:

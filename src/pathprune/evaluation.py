@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -126,6 +127,15 @@ def family_record(
         "versions": library_versions(),
         "date": date.today().isoformat(),
     }
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held at once; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine() -> dict[str, Any]:

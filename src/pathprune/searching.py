@@ -28,6 +28,8 @@ from pathprune.order import UNITS, Unit
 from pathprune.pairs import PairList
 from pathprune.path import SolutionPath, Trajectory, library_versions
 
+Dynamics = Literal["sampled", "lbi", "spp-released"]
+
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_EVERY = 50  # steps
 
@@ -54,7 +56,7 @@ class SearchConfig:
     """
 
     objective: str = "embedding"
-    dynamics: Literal["sampled", "lbi", "spp-released"] = "sampled"
+    dynamics: Dynamics = "sampled"
     steps: int = 400
     seed: int = 0
     unit: Unit = "mixed"
@@ -96,6 +98,9 @@ def search(
     data: Iterable[Mapping[str, Tensor]],
     *,
     objective: str | Objective = "embedding",
+    dynamics: Dynamics = "sampled",
+    steps: int = 400,
+    seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -110,13 +115,16 @@ def search(
     Args:
         model: dense, on the device to search on.
         data: re-iterable of model-input dicts, each one batch; started over when it ends.
-        objective: ``"embedding"``, or an object with the methods of ``Objective``.
+        objective: ``"embedding"``, ``"hidden"``, or an object with the methods of ``Objective``.
+        dynamics: ``"sampled"`` (default), ``"lbi"`` (the paper's text, with nu from curvature) or
+            ``"spp-released"`` (the paper's published code).
+        steps: forward-backward passes in all.
+        seed: of everything random.
         out: folder for the path and checkpoints.
         resume: go on from the checkpoint in ``out``; model and settings must be the same. A
             search that had finished is loaded.
         progress: show a bar; by default only on a terminal.
-        **settings: ``dynamics=``, ``steps=``, ``seed=``, ``unit=`` and the other fields of
-            ``SearchConfig``.
+        **settings: ``unit=``, ``multiple=``, ``basis=``, ``fill=`` and the other fields of ``SearchConfig``.
 
     Raises:
         UnsupportedModelError: no pair could be proved.
@@ -128,7 +136,7 @@ def search(
     known = {field.name for field in fields(SearchConfig)}
     if unknown := sorted(set(settings) - known):
         raise DataError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
-    config = SearchConfig(objective=name, **settings)
+    config = SearchConfig(objective=name, dynamics=dynamics, steps=steps, seed=seed, **settings)
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
     goal = get_objective(objective)
