@@ -129,7 +129,7 @@ class Selection:
             "macs_per_token": self.macs,
             "macs_fraction_of_whole_model": self.macs / dense_macs(self.pairs, self.seq_len),
             "seq_len": self.seq_len,
-            "widths": {pair.name: self.widths(pair) for pair in self.pairs},
+            "widths": {pair.name: list(self.widths(pair)) for pair in self.pairs},
         }
 
     def __str__(self) -> str:

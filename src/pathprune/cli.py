@@ -63,7 +63,6 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("Stopped; nothing is left half-written.", err=True)
         sys.exit(130)
     except Exception as error:
         if not hasattr(error, "exit_code"):  # a wrong option or argument, which knows how to show itself
