@@ -25,7 +25,7 @@ from pathprune.budget import Selection
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import attach_masks
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
-from pathprune.slicing import HEAD_DIM_ATTRIBUTES, slice_modules
+from pathprune.slicing import HEAD_DIM_ATTRIBUTES, head_width, slice_modules
 
 # Roles of child modules, as dotted names below the module that holds the role "query" or "up".
 QUERY = ("q_proj", "query")
@@ -197,7 +197,7 @@ def _attention(model: nn.Module, name: str, module: nn.Module, maps: list[str | 
     names = [m for m in maps if m]
     block = _common(names)
     q, k, v, o = (_linear(model, m) for m in names)
-    width = next((getattr(module, a) for a in HEAD_DIM_ATTRIBUTES if hasattr(module, a)), None)
+    width = head_width(module)
     if not isinstance(width, int) or width < 1:
         return block, f"no head width: none of {', '.join(HEAD_DIM_ATTRIBUTES)}"
     groups, repeat = k.out_features // width, q.out_features // max(k.out_features, 1)

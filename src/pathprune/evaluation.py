@@ -69,14 +69,10 @@ def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds
             for model, taken in zip(models, times, strict=True):
                 start = time.perf_counter()
                 model(**batch)
-                if batch_device(batch).type == "cuda":
+                if next(iter(batch.values())).is_cuda:
                     torch.cuda.synchronize()
                 taken.append((time.perf_counter() - start) * 1000)
     return [statistics.median(taken) for taken in times]
-
-
-def batch_device(batch: Mapping[str, Tensor]) -> torch.device:
-    return next(iter(batch.values())).device
 
 
 def bytes_on_disk(folder: str | os.PathLike[str]) -> int:

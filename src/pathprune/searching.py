@@ -240,15 +240,14 @@ class _Run:
         value = path.order.value
         return mask.float(), float(value[min(selection.removals, len(value) - 1)])
 
-    def path(self, ranking: Tensor) -> SolutionPath:
+    def path(self, ranking: Tensor, **rest: Any) -> SolutionPath:
         return SolutionPath(
             self.pairs,
             {name: part.numpy() for name, part in self.split(ranking).items()},
             unit=self.config.unit,
             multiple=self.config.multiple,
             seq_len=self.batches.seq_len,
-            fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
-            basis=self.found.basis,
+            **rest,
         )
 
     def finish(self) -> SolutionPath:
@@ -267,11 +266,13 @@ class _Run:
         except KeyboardInterrupt:
             self.checkpoint()
             raise
-        path = self.path(self.driver.ranking())
-        versions = library_versions()
-        path = SolutionPath(
-            **{field.name: getattr(path, field.name) for field in fields(path)}
-            | {"trajectory": self._trajectory(), "config": asdict(config), "versions": versions}
+        path = self.path(
+            self.driver.ranking(),
+            fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
+            basis=self.found.basis,
+            trajectory=self._trajectory(),
+            config=asdict(config),
+            versions=library_versions(),
         )
         if self.out is not None:
             path.save(self.out)

@@ -285,16 +285,14 @@ def _check_smaller(name: str, shape: Mapping[str, Any], old: nn.Linear) -> None:
             )
 
 
+def head_width(attention: nn.Module) -> Any:
+    """Width of a head, by the attribute that the attention module keeps it in; None where it has none."""
+    return next((getattr(attention, name) for name in HEAD_DIM_ATTRIBUTES if hasattr(attention, name)), None)
+
+
 def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
     for name, columns in record["rotary"].items():
-        width = next(
-            (
-                getattr(model.get_submodule(name), a)
-                for a in HEAD_DIM_ATTRIBUTES
-                if hasattr(model.get_submodule(name), a)
-            ),
-            0,
-        )
+        width = head_width(model.get_submodule(name)) or 0
         if max(columns, default=0) >= width:
             raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
     for name, attributes in record["attributes"].items():
