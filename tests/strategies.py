@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pathprune.budget import Budget, Selection
 from pathprune.order import UNITS, Order, Unit, removal_order
-from pathprune.pairs import BaseModel, Pair, PairList, Slot
+from pathprune.pairs import BaseModel, Pair, PairList, Rotary, Slot
 from pathprune.path import SolutionPath, Trajectory
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -20,7 +20,7 @@ Masks = dict[str, npt.NDArray[np.bool_]]
 HIDDEN = 6
 
 
-def attention_pairs(block: str, groups: int, units: int, repeat: int, rotary: bool, bias: bool = True) -> list[Pair]:
+def attention_pairs(block: str, groups: int, units: int, repeat: int, rotary: Rotary, bias: bool = True) -> list[Pair]:
     """The two pairs of an attention layer; ``units`` are the query-key pair's."""
     width = units * (2 if rotary else 1)
     query, key = Slot(f"{block}.q", "out", HIDDEN, repeat, bias), Slot(f"{block}.k", "out", HIDDEN, 1, bias)
@@ -51,7 +51,8 @@ def pair_lists(draw: st.DrawFn, max_layers: int = 2) -> PairList:
         attention, mlp = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
         if attention:
             groups, units, repeat = (draw(st.integers(1, top)) for top in (4, 6, 3))
-            pairs += attention_pairs(f"layer.{layer}.attn", groups, units, repeat, draw(booleans), draw(booleans))
+            rotary = draw(st.sampled_from(["", "halves", "neighbours"]))
+            pairs += attention_pairs(f"layer.{layer}.attn", groups, units, repeat, rotary, draw(booleans))
         if mlp:
             pairs.append(mlp_pair(f"layer.{layer}", draw(st.integers(1, 12)), draw(booleans), draw(booleans)))
     return pair_list(pairs, outside=draw(st.integers(0, 500)))

@@ -209,8 +209,8 @@ ATTENTION = "model.layers.0.self_attn"
 Change = Callable[[Any], object]
 
 HOSTILE: dict[str, tuple[Change, str]] = {
-    "another part": (lambda r: r.update(code="x"), "needs modules, attributes and rotary"),
-    "a part less": (lambda r: r.pop("rotary"), "needs modules, attributes and rotary"),
+    "another part": (lambda r: r.update(code="x"), "needs modules, parameters, attributes and rotary"),
+    "a part less": (lambda r: r.pop("rotary"), "needs modules, parameters, attributes and rotary"),
     "modules are a list": (lambda r: r.update(modules=[Q]), "malformed"),
     "attributes are a list": (lambda r: r.update(attributes=["head_dim"]), "malformed"),
     "rotary is text": (lambda r: r.update(rotary="all"), "malformed"),
@@ -230,9 +230,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a pad narrower than its blocks": (lambda r: r["modules"][Q]["pad"].update(padded=1), "malformed"),
     "a pad of other blocks": (lambda r: r["modules"][Q]["pad"].update(blocks=99), "malformed"),
     "a huge pad": (lambda r: r["modules"][Q]["pad"].update(padded=2**31 - 1, blocks=2, width=0), "malformed"),
-    "code for an attribute": (lambda r: r["attributes"][ATTENTION].update(forward=1), "only sizes in .* may be set"),
-    "a private attribute": (lambda r: r["attributes"][ATTENTION].update(__class__=1), "only sizes in"),
-    "text for a size": (lambda r: r["attributes"][ATTENTION].update(head_dim="8"), "only sizes in"),
+    "code for an attribute": (lambda r: r["attributes"][ATTENTION].update(forward=1), "only sizes of .* may be set"),
+    "a private attribute": (lambda r: r["attributes"][ATTENTION].update(__class__=1), "only sizes of"),
+    "text for a size": (lambda r: r["attributes"][ATTENTION].update(head_dim="8"), "only sizes of"),
     "attributes without values": (lambda r: r["attributes"].update({ATTENTION: ["head_dim"]}), "malformed|only sizes"),
     "a column that is none": (lambda r: r["rotary"].update({ATTENTION: [0, -1]}), "columns that are not indices"),
     "columns that are text": (lambda r: r["rotary"].update({ATTENTION: "01"}), "columns that are not indices"),
@@ -251,7 +251,7 @@ def test_hostile_shape_records_are_refused(record: dict[str, Any], name: str) ->
 
 @pytest.mark.parametrize("record", [None, [], "record", 3])
 def test_what_is_no_record_is_refused(record: Any) -> None:
-    with pytest.raises(ArtifactError, match="needs modules, attributes and rotary"):
+    with pytest.raises(ArtifactError, match="needs modules, parameters, attributes and rotary"):
         PathpruneConfig(record)
 
 
@@ -268,7 +268,7 @@ def edit_config(folder: Path, change: Change) -> None:
         (lambda q: q.update(format=2), "has format 2, this pathprune reads 1; update pathprune"),
         (lambda q: q.pop("format"), "has format None"),
         (lambda q: q.update(extra=1), r"unknown keys in the shape record: \['extra'\]"),
-        (lambda q: q.pop("record"), "needs modules, attributes and rotary"),
+        (lambda q: q.pop("record"), "needs modules, parameters, attributes and rotary"),
         (lambda q: q["record"]["modules"].update(lm_head={"nothing": 1}), "shape record of lm_head is malformed"),
         # A slice is never larger than its dense map, whose sizes the configuration still has.
         (lambda q: q["record"]["modules"][DOWN].update(in_features=10**9), "in_features"),

@@ -106,7 +106,7 @@ def test_the_order_depends_on_nothing_but_the_numbers(family: Family) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_ties_leave_in_the_order_of_their_index(unit: str) -> None:
-    pairs = [*attention_pairs("a", 3, 4, 2, rotary=False), mlp_pair("b", 5)]
+    pairs = [*attention_pairs("a", 3, 4, 2, rotary=""), mlp_pair("b", 5)]
     order = removal_order(pairs, {pair.name: np.ones(pair.shape) for pair in pairs}, unit=unit)  # type: ignore[arg-type]
     np.testing.assert_array_equal(np.argsort(order.step["b.mlp"][0]), np.arange(5))
     for pair in pairs[:2]:
@@ -123,7 +123,7 @@ def test_distinct_neurons_leave_from_the_least_valuable_up() -> None:
 
 def test_a_cheap_removal_behind_a_dear_one_is_pooled_with_it() -> None:
     """The last value-output dimension to go alone is worth 5, what is then left of the layer 2 and 6."""
-    pairs = [*attention_pairs("a", 1, 3, 1, rotary=False), mlp_pair("b", 2)]
+    pairs = [*attention_pairs("a", 1, 3, 1, rotary=""), mlp_pair("b", 2)]
     qk, vo, _ = (pair.unit_params for pair in pairs)
     pooled = (5 * vo + 2 * qk + 6 * vo) / (2 * vo + qk)
     ranking = {
@@ -140,7 +140,7 @@ def test_a_cheap_removal_behind_a_dear_one_is_pooled_with_it() -> None:
 
 def test_mixed_takes_whichever_is_worth_less() -> None:
     """One worthless head, and one worthless dimension in every other."""
-    pairs = attention_pairs("a", 3, 3, 1, rotary=False)
+    pairs = attention_pairs("a", 3, 3, 1, rotary="")
     score = np.ones((3, 3))
     score[0] = 0.1
     score[1:, 2] = 0.3

@@ -51,7 +51,7 @@ def test_round_trip(path: SolutionPath) -> None:
 
 @pytest.fixture
 def pairs() -> PairList:
-    return pair_list([*attention_pairs("a", 2, 3, 2, rotary=True), mlp_pair("b", 4)], outside=10)
+    return pair_list([*attention_pairs("a", 2, 3, 2, rotary="halves"), mlp_pair("b", 4)], outside=10)
 
 
 @pytest.fixture

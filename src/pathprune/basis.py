@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.pairs import Pair, PairList, Slot
+from pathprune.slicing import axis_first
 
 Floats = npt.NDArray[np.floating]
 
@@ -82,7 +83,7 @@ def calibrate(
     model: nn.Module, pairs: PairList, batches: Iterable[Mapping[str, Any]], *, rotate: bool, fill: bool
 ) -> Calibration:
     """Bases, and moments for the fill, from forward passes over ``batches``."""
-    moments: dict[str, Moments] = {}
+    moments: dict[Slot, Moments] = {}
     with torch.no_grad(), _gathered(model, pairs, moments) as start:
         for batch in batches:
             start(batch)
@@ -90,12 +91,12 @@ def calibrate(
 
     found = Calibration()
     for pair in pairs:
-        inner = moments[pair.mask_slot.module]
         rotation = None
         if rotate and pair.rotatable:
             rotation = _balance(model, pair, moments)
             found.basis[pair.name] = rotation.cpu().float().numpy()
         if fill and pair.fillable:
+            inner = moments[pair.mask_slot]
             mean, second = inner.mean, inner.second / inner.count
             if rotation is not None:
                 mean = (rotation @ mean.unsqueeze(-1)).squeeze(-1)
@@ -107,15 +108,15 @@ def calibrate(
     return found
 
 
-def _balance(model: nn.Module, pair: Pair, moments: Mapping[str, Moments]) -> Tensor:
+def _balance(model: nn.Module, pair: Pair, moments: Mapping[Slot, Moments]) -> Tensor:
     """(G, D, D), the map A of the masked side (key or value)."""
-    ours = moments[pair.mask_slot.module].moment(centred=True)
+    ours = moments[pair.mask_slot].moment(centred=True)
     if pair.kind == "qk":
-        theirs = moments[pair.slots[0].module].moment(centred=False)  # (G R, D, D)
+        theirs = moments[pair.slots[0]].moment(centred=False)  # (G R, D, D)
     else:
-        weight: Any = model.get_submodule(pair.consumer.module).weight
-        weight = weight.detach().double()
-        heads = weight.unflatten(1, (-1, pair.width)).permute(1, 2, 0)  # (G R, D, d)
+        module: Any = model.get_submodule(pair.consumer.module)
+        weight = axis_first(module.weight.detach(), module, "in").double()
+        heads = weight[torch.from_numpy(pair.consumer.index(pair.groups, pair.width)).flatten(0, 1)]  # (G R, D, d)
         theirs = heads @ heads.mT
     theirs = theirs.unflatten(0, (pair.groups, -1)).sum(1)
     left, right = _factor(ours), _factor(theirs)
@@ -132,7 +133,7 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 @contextmanager
-def _gathered(model: nn.Module, pairs: PairList, moments: dict[str, Moments]) -> Iterator[Any]:
+def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -> Iterator[Any]:
     """Hooks that gather moments at every inner activation; yields a function to announce a batch."""
     mask: list[Tensor | None] = [None]
 
@@ -140,12 +141,15 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[str, Moments]) ->
         mask[0] = batch.get("attention_mask")
 
     def gather(pair: Pair, slot: Slot) -> Any:
-        store = moments.setdefault(slot.module, Moments())
+        store = moments.setdefault(slot, Moments())
+        index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             y = args[0] if output is None else output
             real = mask[0] if mask[0] is not None and mask[0].shape == y.shape[:-1] else None
             y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
+            if slot.fused:
+                y = y[:, index.to(y.device)]
             store.add(y, pair.groups * slot.repeat, outer=pair.rotatable)
 
         return hook
@@ -153,6 +157,8 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[str, Moments]) ->
     handles = []
     try:
         for pair in pairs:
+            if not (pair.rotatable or pair.fillable):
+                continue
             for slot in dict.fromkeys((pair.mask_slot, *(s for s in pair.slots if pair.kind == "qk"))):
                 module = model.get_submodule(slot.module)
                 if slot.side == "out":

@@ -115,7 +115,7 @@ class Selection:
     def macs(self) -> int:
         """Multiply-accumulates of the whole sliced model, per token at ``seq_len``."""
         gone = sum((pair.groups * pair.units - self.kept(pair)) * pair.unit_macs(self.seq_len) for pair in self.pairs)
-        return dense_macs(self.pairs, self.seq_len) - gone
+        return round(dense_macs(self.pairs, self.seq_len) - gone)
 
     def to_dict(self) -> dict[str, Any]:
         """Sizes and widths as plain numbers, for JSON."""
@@ -144,10 +144,8 @@ class Selection:
 
 def dense_macs(pairs: PairList, seq_len: int) -> int:
     """Multiply-accumulates of the dense model per token: its linear maps, and attention over ``seq_len`` keys."""
-    attention = sum(
-        pair.groups * pair.units * (pair.unit_macs(seq_len) - pair.unit_macs(0)) for pair in pairs if pair.kind != "mlp"
-    )
-    return pairs.base.macs_per_token + pairs.base.macs_per_sequence // seq_len + attention
+    attention = sum(pair.groups * pair.units * pair.unit_attention_macs(seq_len) for pair in pairs)
+    return round(pairs.base.macs_per_token + pairs.base.macs_per_sequence / seq_len + attention)
 
 
 def select(path: SolutionPath, budget: Budget) -> Selection:
@@ -162,12 +160,12 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
     """
     pairs, order = path.pairs, path.order
     if budget.kind == "macs":
-        unit_cost = [pair.unit_macs(path.seq_len) for pair in pairs]
+        unit_cost: list[float] = [pair.unit_macs(path.seq_len) for pair in pairs]
         dense = dense_macs(pairs, path.seq_len)
     else:
         unit_cost = [pair.unit_params for pair in pairs]
         dense = pairs.prunable_params if budget.kind == "keep" else pairs.base.params
-    sizes = dense - np.concatenate([[0], np.cumsum(order.units @ np.array(unit_cost, dtype=np.int64))])
+    sizes = np.rint(dense - np.concatenate([[0.0], np.cumsum(order.units @ np.array(unit_cost, dtype=np.float64))]))
 
     absolute = isinstance(budget.value, Integral) and budget.kind != "keep"
     limit = budget.value if absolute else budget.value * dense
@@ -178,7 +176,7 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
         least = int(sizes[-1]) if absolute else min(1.0, math.ceil(sizes[-1] / dense * 1e4 + 1e-6) / 1e4)
         raise BudgetError(
             f"{budget} allows {limit:,.0f}, but the path's smallest model, with every pair removed, has "
-            f"{sizes[-1]:,} of {dense:,}; ask for {budget.kind}={least} or more"
+            f"{sizes[-1]:,.0f} of {dense:,}; ask for {budget.kind}={least} or more"
         )
     removals = int(np.argmax(sizes <= limit))
     return Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)

@@ -17,7 +17,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +189,14 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     """Refuse what is not a shape record: it comes from a file."""
     if version != FORMAT:
         raise ArtifactError(f"the shape record has format {version!r}, this pathprune reads {FORMAT}; update pathprune")
-    if not isinstance(record, Mapping) or set(record) != {"modules", "attributes", "rotary"}:
-        raise ArtifactError("the shape record is malformed: it needs modules, attributes and rotary")
+    if not isinstance(record, Mapping) or set(record) != {"modules", "parameters", "attributes", "rotary"}:
+        raise ArtifactError("the shape record is malformed: it needs modules, parameters, attributes and rotary")
 
     def size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
     if not all(isinstance(part, Mapping) for part in record.values()):
-        raise ArtifactError("the shape record is malformed: modules, attributes and rotary must be dicts")
-    allowed = {*slicing.HEAD_DIM_ATTRIBUTES, *slicing.HEAD_COUNT_ATTRIBUTES, "all_head_size"}
+        raise ArtifactError("the shape record is malformed: modules, parameters, attributes and rotary must be dicts")
     for name, shape in record["modules"].items():
         pad = shape.get("pad") if isinstance(shape, Mapping) else None
         good = (
@@ -206,29 +206,40 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
         )
         good = good and size(shape["in_features"]) and size(shape["out_features"])
         if good and pad is not None:
-            good = (
-                isinstance(pad, Mapping)
-                and set(pad) == {"side", "blocks", "width", "padded"}
-                and pad["side"] in ("in", "out")
-            )
-            good = good and all(size(pad[key]) for key in ("blocks", "width", "padded"))
-            good = good and pad["width"] <= pad["padded"]
-            good = good and pad["blocks"] * pad["width"] == shape[f"{pad['side']}_features"]
+            good = isinstance(pad, Mapping) and pad.get("side") in ("in", "out") and _padding(pad, shape, size)
         if not good:
             raise ArtifactError(f"the shape record of {name} is malformed: {shape!r}")
     for name, attributes in record["attributes"].items():
         if (
             not isinstance(attributes, Mapping)
-            or not set(attributes) <= allowed
+            or not set(attributes) <= slicing.SIZE_ATTRIBUTES
             or not all(size(value) for value in attributes.values())
         ):
             raise ArtifactError(
-                f"the shape record of {name} sets {attributes!r}; only sizes in {sorted(allowed)} may be set"
+                f"the shape record of {name} sets {attributes!r}; only sizes of an attention may be set"
             )
+    for name, shapes in record["parameters"].items():
+        if not isinstance(shapes, Mapping) or not all(
+            isinstance(shape, list) and all(size(length) for length in shape) for shape in shapes.values()
+        ):
+            raise ArtifactError(f"the shape record of {name} has parameters whose shapes are not lists of sizes")
     for name, columns in record["rotary"].items():
         if not isinstance(columns, list) or not all(size(column) for column in columns):
             raise ArtifactError(f"the shape record of {name} has rotary columns that are not indices")
     return copy.deepcopy(dict(record))
+
+
+def _padding(pad: Mapping[str, Any], shape: Mapping[str, Any], size: Callable[[Any], bool]) -> bool:
+    """Whether a padding is one of the two kinds, and fits the map."""
+    features = shape[f"{pad['side']}_features"]
+    if set(pad) == {"side", "blocks", "width", "padded"}:
+        good = all(size(pad[key]) for key in ("blocks", "width", "padded"))
+        return good and pad["width"] <= pad["padded"] and pad["blocks"] * pad["width"] == features
+    if set(pad) != {"side", "positions", "size"} or not isinstance(pad["positions"], list) or not size(pad["size"]):
+        return False
+    places = pad["positions"]
+    ascending = all(size(place) for place in places) and all(a < b for a, b in pairwise(places))
+    return ascending and len(places) == features and (not places or places[-1] < pad["size"])
 
 
 auto.register_quantization_config(METHOD)(PathpruneConfig)

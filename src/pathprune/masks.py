@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pathprune.budget import Selection
-from pathprune.pairs import Pair
+from pathprune.pairs import Pair, Slot
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
 
@@ -45,8 +47,8 @@ def attach_masks(
     """Multiply every unit by its mask, until the context ends.
 
     With a rotation A of the head's D inner dimensions and a fill c, an inner vector y becomes
-    A^-1 (m * A y + (1 - m) * c). Masking the key alone is enough for a ``qk`` pair, because the
-    logit is a product.
+    A^-1 (m * A y + (1 - m) * c). Masking one map is enough where nothing mixes dimensions between
+    the maps (the key's for a ``qk`` pair, because the logit is a product); otherwise every map is masked.
 
     Args:
         masks: pair name -> (G, U), or (B, G, U) for one mask a sample. Looked up at every forward
@@ -54,15 +56,21 @@ def attach_masks(
         fill: pair name -> (G, D); looked up at every forward pass, too.
         basis: pair name -> (G, D, D).
     """
-    handles = []
+    handles: list[Any] = []
     try:
         for pair in pairs:
-            hook = _MaskHook(pair, masks, {} if fill is None else fill, (basis or {}).get(pair.name))
-            module = model.get_submodule(pair.mask_slot.module)
-            if pair.mask_slot.side == "out":
-                handles.append(module.register_forward_hook(hook.on_output))
-            else:
-                handles.append(module.register_forward_pre_hook(hook.on_input))
+            for slot in pair.mask_slots:
+                module = model.get_submodule(slot.module)
+                if slot.parameter:
+                    stack = _StackHook(pair, slot, masks)
+                    handles.append(module.register_forward_pre_hook(stack.before))
+                    handles.append(module.register_forward_hook(stack.after, always_call=True))
+                    continue
+                hook = _MaskHook(pair, slot, masks, {} if fill is None else fill, (basis or {}).get(pair.name))
+                if slot.side == "out":
+                    handles.append(module.register_forward_hook(hook.on_output))
+                else:
+                    handles.append(module.register_forward_pre_hook(hook.on_input))
         yield
     finally:
         for handle in handles:
@@ -73,11 +81,13 @@ class _MaskHook:
     def __init__(
         self,
         pair: Pair,
+        slot: Slot,
         masks: Mapping[str, Tensor],
         fill: Mapping[str, Tensor],
         basis: np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None,
     ) -> None:
-        self.pair, self.masks, self.fill = pair, masks, fill
+        self.pair, self.slot, self.masks, self.fill = pair, slot, masks, fill
+        self.index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()) if slot.fused else None
         self.rotation = self.inverse = None
         if basis is not None:
             self.rotation = torch.from_numpy(basis).double()
@@ -93,27 +103,55 @@ class _MaskHook:
         mask = self.masks.get(self.pair.name)
         if mask is None:
             return y
-        mask = mask.to(y)
-        if self.pair.dims_per_unit > 1:
-            mask = torch.cat([mask] * self.pair.dims_per_unit, dim=-1)  # (G, D)
-        per_sample = mask.dim() == 3
-        heads = y.unflatten(-1, (*self.pair.shape[:1], self.pair.width))  # (..., G, D)
+        if self.index is None:
+            return self._masked(y, mask)
+        index = self.index.to(y.device)
+        return y.index_copy(-1, index, self._masked(y.index_select(-1, index), mask))
+
+    def _masked(self, y: Tensor, mask: Tensor) -> Tensor:
+        heads = y.unflatten(-1, (self.pair.groups, self.slot.repeat, self.pair.width))  # (..., G, R, D)
+        mask = self.pair.by_dim(mask.to(y))  # (G, D) or (B, G, D)
         constant = self.fill.get(self.pair.name)
         fill = None if constant is None else (1 - mask) * constant.to(y)
         if self.rotation is None or self.inverse is None:
-            scale, shift = mask, fill
-            if per_sample:  # broadcast over the positions between batch and heads
-                lift = (slice(None),) + (None,) * (heads.dim() - 3)
-                scale, shift = scale[lift], None if shift is None else shift[lift]
-            heads = heads * scale if shift is None else torch.addcmul(shift, heads, scale)
-            return heads.flatten(-2)
+            scale = self._lift(mask.unsqueeze(-2), heads)
+            if fill is None:
+                return (heads * scale).flatten(-3)
+            return torch.addcmul(self._lift(fill.unsqueeze(-2), heads), heads, scale).flatten(-3)
         rotation, inverse = self.rotation.to(y), self.inverse.to(y)
-        project = inverse @ (mask.unsqueeze(-1) * rotation)  # (..., G, D, D)
-        if per_sample:
-            heads = torch.einsum("b...gd,bged->b...ge", heads, project)
-        else:
-            heads = torch.einsum("...gd,ged->...ge", heads, project)
+        project = self._lift(inverse @ (mask.unsqueeze(-1) * rotation), heads)  # (..., G, D, D)
+        heads = torch.einsum("...grd,...ged->...gre", heads, project)
         if fill is not None:
-            shift = torch.einsum("...gd,ged->...ge", fill, inverse)
-            heads = heads + (shift[(slice(None),) + (None,) * (heads.dim() - 3)] if per_sample else shift)
-        return heads.flatten(-2)
+            heads = heads + self._lift(torch.einsum("...gd,ged->...ge", fill, inverse).unsqueeze(-2), heads)
+        return heads.flatten(-3)
+
+    def _lift(self, by_group: Tensor, heads: Tensor) -> Tensor:
+        """Where there is one value a sample, (B, G, x, y), give each row of ``heads`` its sample's."""
+        if by_group.dim() == 3:
+            return by_group
+        samples, rows = len(by_group), len(heads)
+        if rows != samples:  # windows or tokens in the batch's place: consecutive rows are of one sample
+            by_group = by_group[torch.arange(rows, device=by_group.device) * samples // rows]
+        return by_group[(slice(None),) + (None,) * (heads.dim() - 4)]
+
+
+class _StackHook:
+    """Masks one stacked parameter while its module runs, by standing in the parameter's way."""
+
+    def __init__(self, pair: Pair, slot: Slot, masks: Mapping[str, Tensor]) -> None:
+        self.pair, self.slot, self.masks = pair, slot, masks
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        mask = self.masks.get(self.pair.name)
+        if mask is None:
+            return
+        weight = getattr(module, self.slot.parameter)
+        mask = mask.to(weight)
+        if mask.dim() == 3:
+            # All samples share the stack. A probe's gradients of different samples are independent, so that
+            # sharing the sum's out as g / sqrt(B) leaves their mean square as it would be.
+            mask = 1 + (mask - 1).sum(0) / math.sqrt(len(mask))
+        module.__dict__[self.slot.parameter] = weight * mask.unsqueeze(3 - self.slot.dim)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        module.__dict__.pop(self.slot.parameter, None)

@@ -100,15 +100,15 @@ class _Walk:
         self.members = members
         self.score = {pair.name: np.asarray(ranking[pair.name], dtype=np.float64) for pair in members}
         self.multiple = multiple
-        self.unit = unit
+        self.unit: Unit = "dim" if members[0].stacked else unit  # experts choose their own neurons, none leaves alone
         self.leaves = {pair.name: np.full(pair.shape, -1, dtype=np.int64) for pair in members}
         self.value: list[float] = []
 
     def run(self) -> None:
-        if self.members[0].kind == "mlp":
+        if self.members[0].kind == "mlp" and self.members[0].groups == 1:
             self._neurons(self.members[0])
         else:
-            self._attention()
+            self._heads()
 
     def _first(self, width: int) -> int:
         """Units of the first removal, so that all later widths are multiples."""
@@ -122,7 +122,7 @@ class _Walk:
         self.leaves[pair.name][0, ascending] = np.repeat(np.arange(len(starts)), sizes)
         self.value = (np.add.reduceat(score[ascending], starts) / sizes).tolist()
 
-    def _attention(self) -> None:
+    def _heads(self) -> None:
         groups = self.members[0].groups
         alive = np.ones(groups, dtype=bool)
         gone = {pair.name: 0 for pair in self.members}  # units that every surviving head has lost

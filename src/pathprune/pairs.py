@@ -15,25 +15,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Kind = Literal["qk", "vo", "mlp"]
 Side = Literal["out", "in"]
+Layout = Literal["blocks", "heads", "dims"]
+Rotary = Literal["", "halves", "neighbours"]
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One linear map of a pair.
+    """One linear map of a pair, or the part of a fused one that is.
+
+    Where maps are fused (query, key and value in one weight, or gate and up), the axis holds
+    ``total`` heads a group, of which this map's are ``repeat``, after ``start`` others:
+
+    ======== ================================================= =======================================
+    layout   the axis, outermost first                         head r of group g has dimension d at
+    ======== ================================================= =======================================
+    blocks   one block a map, each (group, head, dimension)     (start G + g repeat + r) D + d
+    heads    (group, head of any map, dimension)                (g total + start + r) D + d
+    dims     (group, head, dimension, map)                      ((g repeat + r) D + d) total + start
+    ======== ================================================= =======================================
 
     Args:
         module: dotted name of the map inside the model.
         side: whether the inner axis is the map's output (``"out"``) or its input (``"in"``).
-        repeat: R, consecutive heads on the axis that share the units of one group.
         size: length of the map's other axis, in features.
+        repeat: R, heads of this map that share the units of one group.
         bias: whether the map has a bias vector.
+        start, total, layout: where the map lies on a fused axis.
+        parameter: name of the stacked weight (experts, out, in) that holds one such map an expert,
+            the expert being the group; empty where ``module`` itself is the map.
+        transposed: whether that weight is (experts, in, out).
     """
 
     module: str
@@ -41,12 +60,42 @@ class Slot:
     size: int
     repeat: int = 1
     bias: bool = False
+    start: int = 0
+    total: int = 0
+    layout: Layout = "blocks"
+    parameter: str = ""
+    transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.side not in ("out", "in") or not all(isinstance(n, int) and n > 0 for n in (self.size, self.repeat)):
+        if not self.total:
+            object.__setattr__(self, "total", self.repeat)
+        numbers = (self.size, self.repeat, self.total, self.start + 1, self.total - self.start - self.repeat + 1)
+        if self.side not in ("out", "in") or self.layout not in ("blocks", "heads", "dims"):
+            raise ValueError(f"{self.module}: side={self.side!r}, layout={self.layout!r} make no slot")
+        if not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(
-                f"{self.module}: side={self.side!r}, size={self.size!r}, repeat={self.repeat!r} make no slot"
+                f"{self.module}: size={self.size!r}, repeat={self.repeat!r}, start={self.start!r}, "
+                f"total={self.total!r} make no slot"
             )
+
+    @property
+    def dim(self) -> int:
+        """The stacked weight's dimension that is the inner axis."""
+        return 1 if (self.side == "out") != self.transposed else 2
+
+    @property
+    def fused(self) -> bool:
+        """Whether the axis holds other maps, too."""
+        return self.total > self.repeat
+
+    def index(self, groups: int, width: int) -> Ints:
+        """Places (G, R, D) on the axis, for ``groups`` groups of heads ``width`` wide."""
+        g, r, d = np.ogrid[:groups, : self.repeat, :width]
+        if self.layout == "blocks":
+            return (self.start * groups + g * self.repeat + r) * width + d
+        if self.layout == "heads":
+            return (g * self.total + self.start + r) * width + d
+        return ((g * self.repeat + r) * width + d) * self.total + self.start
 
     @property
     def unit_params(self) -> int:
@@ -67,9 +116,19 @@ class Pair:
         width: D.
         slots: the maps. ``qk``: query, key. ``vo``: value, output projection.
             ``mlp``: up, (gate,) down.
-        rotary: rotary embedding stands between query and key, so that dimension i and
-            i + D/2 are one unit, and every head of the layer must keep the same ones
-            (they share the cos/sin columns).
+        rotary: rotary embedding stands between query and key and turns dimensions i and i + D/2
+            (``"halves"``) or 2i and 2i + 1 (``"neighbours"``) into one another: they are one unit,
+            and every head of the layer must keep the same ones (they share the cos/sin columns).
+        mixing: something else stands between the maps that a missing dimension would change (a
+            norm, a gate, a rotary embedding of part of the head): units are masked at every map.
+        narrow: the layer's code follows a smaller width; otherwise kept dimensions stay where
+            they are, with zeros in place of the others between the maps.
+        fewer: the attention's code follows a smaller number of heads; otherwise likewise.
+        rescale: the attention's code takes its scale from the width that it sees, and queries
+            make up for it.
+        calls: positions that one group sees for each token: 1, or more where layers share the
+            maps, or less where each expert sees a part of the tokens.
+        once: ``calls`` is for each sequence (a pooler, the image beside a text).
     """
 
     name: str
@@ -78,9 +137,17 @@ class Pair:
     groups: int
     width: int
     slots: tuple[Slot, ...]
-    rotary: bool = False
+    rotary: Rotary = ""
+    mixing: bool = False
+    narrow: bool = True
+    fewer: bool = True
+    rescale: bool = False
+    calls: float = 1
+    once: bool = False
 
     def __post_init__(self) -> None:
+        if self.rotary not in ("", "halves", "neighbours"):
+            raise ValueError(f"{self.name}: rotary={self.rotary!r} is not '', 'halves' or 'neighbours'")
         if self.kind not in ("qk", "vo", "mlp") or len(self.slots) < 2:
             raise ValueError(f"{self.name}: kind={self.kind!r} with {len(self.slots)} maps makes no pair")
         if not all(isinstance(n, int) and n > 0 for n in (self.groups, self.width)):
@@ -110,14 +177,24 @@ class Pair:
         """Prunable parameters of the pair."""
         return self.groups * self.units * self.unit_params
 
-    def unit_macs(self, seq_len: int) -> int:
+    def unit_macs(self, seq_len: int) -> float:
         """Multiply-accumulates per token that leave with one unit.
 
         Linear maps, plus for attention the unit's share of QK^T or of PV over ``seq_len`` keys.
         """
-        linear = sum(slot.repeat * slot.size for slot in self.slots)
-        heads = max(slot.repeat for slot in self.slots)
-        return self.dims_per_unit * (linear + (0 if self.kind == "mlp" else heads * seq_len))
+        linear = self.dims_per_unit * sum(slot.repeat * slot.size for slot in self.slots)
+        return linear * self._calls(seq_len) + self.unit_attention_macs(seq_len)
+
+    def unit_attention_macs(self, seq_len: int) -> float:
+        """The part of ``unit_macs`` that is not in the linear maps."""
+        if self.kind == "mlp":
+            return 0
+        heads = self.dims_per_unit * max(slot.repeat for slot in self.slots)
+        return heads * (self.calls if self.once else seq_len) * self._calls(seq_len)
+
+    def _calls(self, seq_len: int) -> float:
+        """Positions that a group of the pair sees, per token."""
+        return self.calls / seq_len if self.once else self.calls
 
     @property
     def fillable(self) -> bool:
@@ -125,32 +202,52 @@ class Pair:
 
         For ``vo`` this holds because attention weights sum to one; the proof of the pair would show it if not.
         """
-        return self.kind != "qk" and self.consumer.bias
+        return self.kind != "qk" and self.consumer.bias and not self.mixing and not self.stacked
 
     @property
     def rotatable(self) -> bool:
         """Whether nothing but the product stands between the two maps, so that a head may be rotated."""
-        return self.kind != "mlp" and not self.rotary
+        return self.kind != "mlp" and not self.rotary and not self.mixing
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the maps are those of many experts in one parameter each."""
+        return bool(self.slots[0].parameter)
 
     @property
     def mask_slot(self) -> Slot:
-        """The one map at which masking is enough to switch units off: key, value, or the MLP's down."""
+        """The one map at which masking is enough to switch units off (where nothing mixes them):
+        key, value, or the MLP's down.
+        """
         return self.slots[1] if self.kind == "qk" else self.slots[0] if self.kind == "vo" else self.slots[-1]
+
+    @property
+    def mask_slots(self) -> tuple[Slot, ...]:
+        """The maps at which units are masked."""
+        return self.slots if self.mixing else (self.mask_slot,)
 
     @property
     def consumer(self) -> Slot:
         """The map that reads the inner axis: output projection or down; for ``qk``, the key."""
         return self.slots[-1]
 
-    def dims(self, keep: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
-        """Kept dimensions of every surviving head, ascending; a group that keeps nothing is left out."""
-        wide = np.concatenate([keep] * self.dims_per_unit, axis=1)  # (G, D)
-        return [np.flatnonzero(row) for row in wide if row.any()]
+    def by_dim(self, by_unit: Any) -> Any:
+        """From (..., G, U) to (..., G, D), array or tensor."""
+        if not self.rotary:
+            return by_unit
+        return by_unit[..., self.unit_of]
 
-    def positions(self, slot: Slot, keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """Indices on ``slot``'s inner axis that survive ``keep`` (G, U), ascending."""
-        wide = np.concatenate([keep] * self.dims_per_unit, axis=1)  # (G, D)
-        return np.flatnonzero(np.repeat(wide, slot.repeat, axis=0))
+    @property
+    def unit_of(self) -> list[int]:
+        """(D,), the unit of each dimension."""
+        if self.rotary == "neighbours":
+            return [d // 2 for d in range(self.width)]
+        return [d % self.units for d in range(self.width)]
+
+    def positions(self, slot: Slot, keep: npt.NDArray[np.bool_]) -> Ints:
+        """Places on ``slot``'s inner axis that survive ``keep`` (G, U): by group, head and dimension."""
+        kept = np.broadcast_to(self.by_dim(keep)[:, None], (self.groups, slot.repeat, self.width))
+        return slot.index(self.groups, self.width)[kept]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,21 @@
 """Make the modules of a model physically smaller.
 
 A sliced model is its dense model with smaller linear maps and nothing else: no attention code
-is replaced. Where the query-key and value widths of a layer differ, the narrower of the two is
-padded with zeros to the wider one *between* the linear maps (``PaddedLinear``), so that the
-model's own ``view(..., -1, head_dim)``, its cache and every attention kernel work unchanged,
-while the parameters stay small. A layer that lost its attention has zero heads.
+is replaced. Where the layer's own code wants more than the small maps give, zeros are put in
+*between* the linear maps (``Padded``), so that the model's own ``view(..., -1, head_dim)``, its
+cache and every attention kernel work unchanged, while the parameters stay small:
+
+* heads narrower on one side of the attention are padded to the other side's width;
+* where the code does not follow a smaller width or number of heads (``Pair.narrow``,
+  ``Pair.fewer``), what is kept stays in its dense place, with zeros around it;
+* a layer that lost its attention has zero heads.
 
 The shape of a sliced model is plain data, a *shape record*, written into its configuration::
 
-    {"modules":    {name: {"in_features": int, "out_features": int, "bias": bool,
-                           "pad": None or {"side": "in" | "out", "blocks": n, "width": w, "padded": p}}},
+    {"modules":    {name: {"in_features": int, "out_features": int, "bias": bool, "pad": None
+                           or {"side": "in" | "out", "blocks": n, "width": w, "padded": p}
+                           or {"side": "in" | "out", "positions": [place, ...], "size": n}}},
+     "parameters": {name: {parameter: [size, ...]}},
      "attributes": {name: {attribute: int}},
      "rotary":     {name: [positions of cos/sin that are left]}}
 
@@ -20,64 +26,109 @@ slicing and loading share it.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError
-from pathprune.pairs import Pair, Slot
+from pathprune.pairs import Ints, Pair, Slot
 
-HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size")
-HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "num_key_value_heads")
+# Names under which attention modules keep their sizes; each is set only where its value is the dense size.
+WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "attention_head_dim",
+          "hidden_size_per_attention_head", "d_head", "dim_head", "head_width")  # fmt: skip
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads")
+TOTALS = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size", "d_model", "dim", "embed_size",
+          "attn_dim", "attention_dim", "projection_size", "dim_attention")  # fmt: skip
+KEY_TOTALS = ("kv_dim",)
+SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
 
+Map = nn.Linear | Conv1D
 Record = dict[str, Any]
 
 
-class PaddedLinear(nn.Linear):
-    """A linear map one side of which is seen from outside in wider blocks, zeros behind each.
+class _Padded(nn.Module):
+    """One side of a linear map is seen from outside with zeros among its features.
 
     Args:
-        side: ``"out"``: the output's blocks are padded from ``width`` to ``padded`` features;
-            ``"in"``: the input's are cropped from ``padded`` to ``width``.
-        blocks: number of blocks on that side (heads, or halves of heads with rotary embedding).
+        side: ``"out"``: zeros are put between the output's features; ``"in"``: features of the
+            input are left out.
+        blocks, width, padded: the axis as blocks of ``padded`` features, the first ``width`` of which exist; or
+        positions, size: the axis as ``size`` features, of which those at ``positions`` exist.
     """
 
-    def __init__(
+    def _set_pad(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
         side: str,
-        blocks: int,
-        width: int,
-        padded: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        blocks: int = 0,
+        width: int = 0,
+        padded: int = 0,
+        positions: list[int] | None = None,
+        size: int = 0,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.side, self.blocks, self.width, self.padded = side, blocks, width, padded
+        self.side, self.blocks, self.width, self.padded, self.size = side, blocks, width, padded, size
+        # Not a buffer: one that is not saved would come back from the meta device without its values.
+        self.positions = None if positions is None else torch.tensor(positions, dtype=torch.long, device="cpu")
 
-    def forward(self, input: Tensor) -> Tensor:
-        output = super().forward(self.crop(input))
-        if self.side == "out":
-            output = F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
-        return output
+    def _positions(self, device: torch.device) -> Tensor:
+        assert self.positions is not None
+        if self.positions.device != device:
+            self.positions = self.positions.to(device)
+        return self.positions
+
+    def pad(self, output: Tensor) -> Tensor:
+        """Put the zeros in."""
+        if self.side != "out":
+            return output
+        if self.positions is None:
+            return F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
+        return output.new_zeros(*output.shape[:-1], self.size).index_copy(-1, self._positions(output.device), output)
 
     def crop(self, input: Tensor) -> Tensor:
         """The features that the weight reads."""
-        if self.side == "out":
+        if self.side != "in":
             return input
-        return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
+        if self.positions is None:
+            return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
+        return input.index_select(-1, self._positions(input.device))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.side}: {self.blocks} x {self.width} padded to {self.padded}"
+        inner = f"{self.blocks} x {self.width} padded to {self.padded}" if self.blocks else f"seen as {self.size}"
+        return f"{super().extra_repr()}, {self.side}: {inner}"
+
+
+class PaddedLinear(_Padded, nn.Linear):
+    """A linear map with zeros among the features of one side; see ``_Padded``."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, dtype: torch.dtype | None = None, **pad: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype=dtype)
+        self._set_pad(**pad)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pad(F.linear(self.crop(input), self.weight, self.bias))
+
+
+class PaddedConv1D(_Padded, Conv1D):
+    """The same for GPT-2's transposed linear map; without ``side``, one that can do without features."""
+
+    def __init__(self, nf: int, nx: int, *, side: str = "", **pad: Any) -> None:
+        super().__init__(nf, nx)
+        self._set_pad(side, **pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pad(F.linear(self.crop(x), self.weight.mT, self.bias))
 
 
 class _RotaryColumns:
@@ -91,6 +142,29 @@ class _RotaryColumns:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cos, sin = kwargs["position_embeddings"]
         return args, {**kwargs, "position_embeddings": (cos[..., self.columns], sin[..., self.columns])}
+
+
+@dataclass
+class _Axis:
+    """The sliced axis of one linear map: which dense places are kept, and where they are seen."""
+
+    side: str
+    dense: int
+    size: int
+    width: int  # of a head, as seen
+    old: list[Ints] = field(default_factory=list)
+    new: list[Ints] = field(default_factory=list)
+    left: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = np.ones(self.dense, dtype=bool)  # dense places of no pair
+
+    def places(self) -> tuple[Ints, Ints]:
+        """(kept dense places, where they are seen), in the order of the latter."""
+        rest = np.flatnonzero(self.left)
+        old, new = np.concatenate([*self.old, rest]), np.concatenate([*self.new, rest])
+        order = np.argsort(new)
+        return old[order], new[order]
 
 
 def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
@@ -114,14 +188,11 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
 
 def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
-    record = shape_record(model, selection)
-    tensors = _sliced_tensors(model, selection, record)
+    axes, record = _plan(model, selection)
     memo: dict[int, Any] = {}
-    for name, shape in record["modules"].items():
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        new = _linear(shape, old.weight.device, old.weight.dtype)
-        weight, bias = tensors[name]
+    for name, (weight, bias) in _sliced_tensors(model, selection, axes).items():
+        old = _map(model, name)
+        new = _sized(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
         if new.bias is not None and bias is not None:
@@ -129,6 +200,9 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
             new.bias.requires_grad_(old.bias.requires_grad)
         new.train(old.training)
         memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
+    for pair in selection.pairs:
+        if pair.stacked and not selection.keep[pair.name].all():
+            memo |= _sliced_stacks(model, pair, selection.keep[pair.name])
     small = copy.deepcopy(model, memo)
     _shape_attention(small, record)
     return small, record
@@ -136,149 +210,299 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
 
 def shape_record(model: nn.Module, selection: Selection) -> Record:
     """The shapes that ``selection`` gives ``model``, as plain data."""
-    record: Record = {"modules": {}, "attributes": {}, "rotary": {}}
+    return _plan(model, selection)[1]
+
+
+def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Record]:
+    record: Record = {"modules": {}, "parameters": {}, "attributes": {}, "rotary": {}}
+    axes: dict[str, _Axis] = {}
     blocks: dict[str, list[Pair]] = {}
     for pair in selection.pairs:
-        if pair.kind == "mlp":
-            if not selection.keep[pair.name].all():
-                for slot in pair.slots:
-                    record["modules"][slot.module] = _shape(slot, selection.kept(pair))
-        else:
-            blocks.setdefault(pair.block, []).append(pair)
+        blocks.setdefault(pair.block if pair.kind != "mlp" else pair.name, []).append(pair)
     for members in blocks.values():
         if all(selection.keep[pair.name].all() for pair in members):
             continue
-        _attention_record(model, selection, members, record)
-    return record
+        if members[0].stacked:
+            _plan_stack(model, members[0], selection.keep[members[0].name], record)
+        elif members[0].kind == "mlp":
+            pair, kept = members[0], selection.kept(members[0])
+            _place(model, pair, selection.keep[pair.name], axes, 1, kept if pair.narrow else pair.width)
+        else:
+            _plan_attention(model, selection, members, axes, record)
+    for name, axis in axes.items():
+        record["modules"][name] = _shape(_map(model, name), axis)
+    return axes, record
 
 
-def _attention_record(model: nn.Module, selection: Selection, members: list[Pair], record: Record) -> None:
+def _plan_attention(
+    model: nn.Module, selection: Selection, members: list[Pair], axes: dict[str, _Axis], record: Record
+) -> None:
+    _check_rectangles(selection, members)
+    first = members[0]
+    count = selection.widths(first)[0]
+    widths = [selection.widths(pair)[1] for pair in members]
+    attention_name = attention_of(model, first)
+    attention = model.get_submodule(attention_name)
+    groups, width = first.groups, first.width
+    if first.narrow:
+        width = max(widths)
+        if any(pair.rotary for pair in members):
+            width += width % 2  # rotary embedding turns an even number of dimensions
+    if first.fewer:
+        groups = count
+        if count == 0:
+            # Zero heads of the old width: view(..., -1, head_dim) of nothing stays defined. A decoder's cache
+            # counts positions by its first layer's keys, and is shown one thin head of zeros instead.
+            groups = int(bool(getattr(attention, "is_causal", False)))
+            width = first.width if not (groups and first.narrow) else min(8, first.width)
+    elif first.narrow and count == 0:
+        width = min(8, first.width)
+    for pair in members:
+        seen = width if pair.narrow else pair.width
+        _place(model, pair, selection.keep[pair.name], axes, groups, seen)
+        if pair.rotary and pair.narrow and groups:
+            record["rotary"][attention_name] = _columns(pair, selection.keep[pair.name], width)
+    if first.narrow or first.fewer:
+        record["attributes"][attention_name] = _sizes(attention, members, groups, width)
+
+
+def _check_rectangles(selection: Selection, members: list[Pair]) -> None:
     heads = {selection.keep[pair.name].any(axis=1).tobytes() for pair in members}
     if len(heads) > 1:
         raise MismatchError(f"{members[0].block}: query-key and value-output must keep the same heads")
     for pair in members:
-        if len({len(dims) for dims in pair.dims(selection.keep[pair.name])}) > 1:
+        rows = [row for row in selection.keep[pair.name] if row.any()]
+        if len({int(row.sum()) for row in rows}) > 1:
             raise MismatchError(f"{pair.name}: heads must keep equally many dimensions")
-        if pair.rotary and len({dims.tobytes() for dims in pair.dims(selection.keep[pair.name])}) > 1:
+        if pair.rotary and len({row.tobytes() for row in rows}) > 1:
             raise MismatchError(f"{pair.name}: heads must keep the same dimensions, as they share the rotary embedding")
-    widths = [selection.widths(pair)[1] for pair in members]
-    count = selection.widths(members[0])[0]
-    halves = any(pair.rotary for pair in members)
-    padded = max(widths) + (halves and max(widths) % 2)  # rotary embedding rotates an even number of dimensions
-    name = members[0].slots[0].module.rpartition(".")[0]
-    attention = model.get_submodule(name)
-    seen = count
-    if count == 0:
-        # Zero heads of the old width: view(..., -1, head_dim) of nothing stays defined. A decoder's cache
-        # counts positions by its first layer's keys, and is shown one thin head of zeros instead.
-        seen = int(bool(getattr(attention, "is_causal", False)))
-        padded = min(8, members[0].width) if seen else members[0].width
-    for pair, width in zip(members, widths, strict=True):
-        parts = pair.dims_per_unit
-        for slot in pair.slots:
-            shape = _shape(slot, count * slot.repeat * width)
-            if seen and width != padded:
-                shape["pad"] = {
-                    "side": slot.side,
-                    "blocks": seen * slot.repeat * parts,
-                    "width": width // parts,
-                    "padded": padded // parts,
-                }
-            record["modules"][slot.module] = shape
-    values = dict.fromkeys(HEAD_DIM_ATTRIBUTES, padded)
-    for attribute in HEAD_COUNT_ATTRIBUTES:
-        kv = attribute == "num_key_value_heads"
-        values[attribute] = seen * (1 if kv else max(slot.repeat for pair in members for slot in pair.slots))
-    values["all_head_size"] = padded * values["num_heads"]
-    record["attributes"][name] = {key: value for key, value in values.items() if hasattr(attention, key)}
-    for pair, width in zip(members, widths, strict=True):
-        if pair.rotary and seen:
-            kept = np.flatnonzero(selection.keep[pair.name].any(axis=0)).tolist()
-            half = kept + [0] * ((padded - width) // 2)  # a padded column rotates zeros; any angle will do
-            record["rotary"][name] = half + [column + pair.units for column in half]
 
 
-def _shape(slot: Slot, size: int) -> Record:
-    features = (
-        {"in_features": slot.size, "out_features": size}
-        if slot.side == "out"
-        else {
-            "in_features": size,
-            "out_features": slot.size,
-        }
-    )
-    return {**features, "bias": slot.bias, "pad": None}
+def _place(
+    model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], axes: dict[str, _Axis], groups: int, width: int
+) -> None:
+    """Add the places of one pair's kept dimensions to its maps' axes, seen as ``groups`` x ``width``."""
+    dims = pair.by_dim(keep)  # (G, D)
+    rank = (np.cumsum(keep, axis=1) - 1)[:, pair.unit_of]  # of the kept unit in its head
+    d = np.broadcast_to(np.arange(pair.width), dims.shape)
+    if pair.narrow:
+        d = 2 * rank + d % 2 if pair.rotary == "neighbours" else rank + d // pair.units * (width // 2)
+    g = np.arange(pair.groups)[:, None]
+    if pair.fewer:
+        g = (np.cumsum(keep.any(axis=1)) - 1)[:, None]
+    for slot in pair.slots:
+        dense = features(_map(model, slot.module))[slot.side == "out"]
+        whole = (pair.narrow and width != pair.width) or (pair.fewer and groups != pair.groups)
+        size = slot.total * groups * width if whole else dense
+        axis = axes.setdefault(slot.module, _Axis(slot.side, dense, size, width))
+        if (axis.side, axis.size) != (slot.side, size):
+            raise MismatchError(f"{slot.module}: two pairs see the map differently")
+        here = slot.index(pair.groups, pair.width)
+        axis.left[here] = False
+        axis.old.append(pair.positions(slot, keep))
+        kept = np.broadcast_to(dims[:, None], here.shape)
+        seen = slot.index(max(groups, 1), max(width, 1))
+        heads = (g[..., None], np.arange(slot.repeat)[:, None], d[:, None])
+        axis.new.append(seen[tuple(np.broadcast_to(x, here.shape)[kept] for x in heads)])
 
 
-def _sliced_tensors(model: nn.Module, selection: Selection, record: Record) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of every map that the record shapes, rotations and fills computed in float64."""
+def _columns(pair: Pair, keep: npt.NDArray[np.bool_], width: int) -> list[int]:
+    """Columns of cos and sin for a head ``width`` wide."""
+    kept = np.flatnonzero(keep.any(axis=0)).tolist()
+    kept += [0] * (width // 2 - len(kept))  # a padded column turns zeros; any angle will do
+    if pair.rotary == "neighbours":
+        return [column for unit in kept for column in (2 * unit, 2 * unit + 1)]
+    return kept + [unit + pair.units for unit in kept]
+
+
+def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -> dict[str, int]:
+    """Values of the attention module's own size attributes."""
+    first = members[0]
+    repeat = max(slot.repeat for pair in members for slot in pair.slots)
+    now: dict[str, int] = {}
+    for names, dense, value in (
+        (WIDTHS, first.width, width),
+        (KEY_HEADS, first.groups, groups),
+        (HEADS, first.groups * repeat, groups * repeat),
+        (TOTALS, first.groups * repeat * first.width, groups * repeat * width),
+        (KEY_TOTALS, first.groups * first.width, groups * width),
+    ):
+        now |= {name: value for name in names if getattr(attention, name, None) == dense}
+    return now
+
+
+def attention_of(model: nn.Module, pair: Pair) -> str:
+    """Name of the module that holds the sizes of the pair's attention: the nearest above the first map."""
+    name = pair.slots[0].module
+    while name and name != pair.block:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if any(hasattr(module, size) for size in (*WIDTHS, *HEADS)):
+            return name
+    return pair.slots[0].module.rpartition(".")[0]
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether a module is a linear map of one vector."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def features(module: Map) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def _map(model: nn.Module, name: str) -> Map:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise MismatchError(f"{name} is a {type(module).__name__}, not a linear map; the shapes are of another model")
+    return module
+
+
+def _shape(module: Map, axis: _Axis) -> Record:
+    new = axis.places()[1]
+    sizes = list(features(module))
+    sizes[axis.side == "out"] = len(new)
+    pad: Record | None = None
+    if len(new) and (len(new) != axis.size or (np.diff(new) != 1).any()):
+        pad = {"side": axis.side, **(_blocks(new, axis.size) or {"positions": new.tolist(), "size": axis.size})}
+    elif len(new) != axis.size:
+        pad = {"side": axis.side, "positions": [], "size": axis.size}
+    return {"in_features": sizes[0], "out_features": sizes[1], "bias": module.bias is not None, "pad": pad}
+
+
+def _blocks(new: Ints, size: int) -> Record | None:
+    """The places as equal blocks at equal distances, where they are that."""
+    starts = new[np.r_[True, np.diff(new) != 1]]
+    width = len(new) // len(starts)
+    padded = size // len(starts)
+    regular = np.arange(len(starts))[:, None] * padded + np.arange(width)
+    if padded * len(starts) != size or not np.array_equal(regular.ravel(), new):
+        return None
+    return {"blocks": len(starts), "width": width, "padded": padded}
+
+
+def _sliced_tensors(
+    model: nn.Module, selection: Selection, axes: Mapping[str, _Axis]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias of every map that is sliced, in its own orientation; rotations and fills computed in float64."""
     tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name in axes:
+        module = _map(model, name)
+        tensors[name] = (axis_first(module.weight.detach(), module, axes[name].side), module.bias)
     for pair in selection.pairs:
-        if pair.slots[0].module not in record["modules"]:
+        if pair.stacked or pair.slots[0].module not in axes:
             continue
-        keep = selection.keep[pair.name]
         basis = selection.basis.get(pair.name)
-        rotation = inverse = None
-        if basis is not None:
-            rotation = torch.from_numpy(basis).double()
-            inverse = torch.linalg.inv(rotation)
         for slot in pair.slots:
-            linear = model.get_submodule(slot.module)
-            assert isinstance(linear, nn.Linear)
-            weight = linear.weight.detach()
-            bias = None if linear.bias is None else linear.bias.detach()
-            if rotation is not None and inverse is not None:
+            weight, bias = tensors[slot.module]
+            if basis is not None:
+                matrix = torch.from_numpy(basis).double()
                 # The masked side takes A, its partner A^-T, so that products do not change.
-                side = rotation if slot == pair.mask_slot else inverse.mT
-                weight = _rotate(weight, side, slot)
+                side = matrix if slot == pair.mask_slot else torch.linalg.inv(matrix).mT
+                weight = _rotate(weight, side, pair, slot)
                 if slot.side == "out" and bias is not None:
-                    bias = _rotate(bias, side, slot)
-            index = torch.from_numpy(pair.positions(slot, keep)).to(weight.device)
+                    bias = _rotate(bias.detach(), side, pair, slot)
+            if pair.rescale and slot == pair.slots[0] and pair.kind == "qk":
+                index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
+                factor = math.sqrt(axes[slot.module].width / pair.width)
+                weight = weight.index_copy(0, index, weight[index] * factor)
+                if bias is not None:
+                    bias = bias.detach().index_copy(0, index, bias.detach()[index] * factor)
             if slot == pair.consumer and slot.side == "in" and bias is not None and pair.name in selection.fill:
-                gone = torch.from_numpy(pair.positions(slot, ~keep)).to(weight.device)
-                fill = (
-                    torch.from_numpy(np.repeat(selection.fill[pair.name], slot.repeat, axis=0))
-                    .flatten()
-                    .to(gone.device)
-                )
-                bias = bias.double() + weight.double()[:, gone] @ fill.double()[gone]
-            if slot.side == "out":
-                weight, bias = weight[index], None if bias is None else bias[index]
-            else:
-                weight = weight[:, index]
+                gone = torch.from_numpy(pair.positions(slot, ~selection.keep[pair.name])).to(weight.device)
+                fill = torch.from_numpy(selection.fill[pair.name]).double().to(weight.device)
+                lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
+                every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
+                bias = bias.detach().double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
             tensors[slot.module] = (weight, bias)
+    for name, (weight, bias) in tensors.items():
+        module, axis = _map(model, name), axes[name]
+        kept = torch.from_numpy(axis.places()[0]).to(weight.device)
+        if bias is not None and axis.side == "out":
+            bias = bias[kept]
+        tensors[name] = (axis_first(weight[kept], module, axis.side), bias)
     return tensors
 
 
-def _rotate(tensor: Tensor, rotation: Tensor, slot: Slot) -> Tensor:
-    """Apply a (G, D, D) rotation to the inner axis of a weight or bias."""
-    rotation = rotation.to(tensor.device).repeat_interleave(slot.repeat, dim=0)  # (G R, D, D)
-    heads, width = rotation.shape[:2]
-    if slot.side == "in":
-        return torch.einsum("ohd,hed->ohe", tensor.double().unflatten(1, (heads, width)), rotation).flatten(1)
-    if tensor.dim() == 1:
-        return torch.einsum("hed,hd->he", rotation, tensor.double().unflatten(0, (heads, width))).flatten()
-    return torch.einsum("hed,hdi->hei", rotation, tensor.double().unflatten(0, (heads, width))).flatten(0, 1)
+def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
+    """Turn the weight so that the inner axis comes first, or back."""
+    first = (side == "out") != isinstance(module, Conv1D)
+    return weight if first else weight.mT
+
+
+def _rotate(tensor: Tensor, rotation: Tensor, pair: Pair, slot: Slot) -> Tensor:
+    """Apply a (G, D, D) rotation to the inner axis, the first, of a weight or bias."""
+    index = torch.from_numpy(slot.index(pair.groups, pair.width)).to(tensor.device)  # (G, R, D)
+    heads = torch.einsum("ged,grd...->gre...", rotation.to(tensor.device), tensor.double()[index])
+    return tensor.double().index_copy(0, index.flatten(), heads.flatten(0, 2))
+
+
+def _stacks(pair: Pair) -> dict[tuple[str, str], list[Slot]]:
+    """(module, stacked parameter) -> the maps of the pair that it holds."""
+    stacks: dict[tuple[str, str], list[Slot]] = {}
+    for slot in pair.slots:
+        stacks.setdefault((slot.module, slot.parameter), []).append(slot)
+    return stacks
+
+
+def _plan_stack(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], record: Record) -> None:
+    if len({int(row.sum()) for row in keep}) > 1:
+        raise MismatchError(f"{pair.name}: experts must keep equally many neurons")
+    for (name, parameter), slots in _stacks(pair).items():
+        shapes = record["parameters"].setdefault(name, {})
+        shape = list(getattr(model.get_submodule(name), parameter).shape)
+        shape[slots[0].dim] = slots[0].total * int(keep[0].sum())
+        shapes[parameter] = shape
+        if slots[0].bias and slots[0].side == "out":
+            shapes[f"{parameter}_bias"] = [pair.groups, shape[slots[0].dim]]
+
+
+def _sliced_stacks(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_]) -> dict[int, nn.Parameter]:
+    """Identity of each stacked parameter -> what is left of it."""
+    left: dict[int, nn.Parameter] = {}
+    for (owner, parameter), slots in _stacks(pair).items():
+        old = np.concatenate([np.stack([slot.index(1, pair.width)[0, 0][row] for row in keep]) for slot in slots], 1)
+        new = np.concatenate([slot.index(1, max(int(keep[0].sum()), 1))[0, 0][: keep[0].sum()] for slot in slots])
+        index = torch.from_numpy(old[:, np.argsort(new)])  # (experts, kept)
+        names = [(parameter, slots[0].dim)]
+        if slots[0].bias and slots[0].side == "out":
+            names.append((f"{parameter}_bias", 1))
+        for name, dim in names:
+            whole = getattr(model.get_submodule(owner), name)
+            where = index.to(whole.device)
+            if whole.dim() == 3:
+                where = where.unsqueeze(3 - dim)
+            kept = torch.take_along_dim(whole.detach(), where, dim)
+            left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
+    return left
 
 
 def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give a freshly built model the shapes of a record; weights are left uninitialised."""
     for name, shape in record["modules"].items():
-        old = model.get_submodule(name)
-        if not isinstance(old, nn.Linear):
-            raise MismatchError(
-                f"{name} is a {type(old).__name__}, not a linear map; the shape record is of another model"
-            )
+        old = _map(model, name)
         _check_smaller(name, shape, old)
-        model.set_submodule(name, _linear(shape, old.weight.device, old.weight.dtype))
+        model.set_submodule(name, _sized(old, shape, old.weight.device))
+    for name, shapes in record["parameters"].items():
+        module = model.get_submodule(name)
+        for parameter, shape in shapes.items():
+            whole = getattr(module, parameter)
+            if len(shape) != whole.dim() or any(size > limit for size, limit in zip(shape, whole.shape, strict=True)):
+                raise ArtifactError(
+                    f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {[*whole.shape]}"
+                )
+            setattr(module, parameter, nn.Parameter(whole.new_empty(shape)))
     _shape_attention(model, record)
 
 
-def _check_smaller(name: str, shape: Mapping[str, Any], old: nn.Linear) -> None:
+def _check_smaller(name: str, shape: Mapping[str, Any], old: Map) -> None:
     """A slice is never larger than its dense map; a record that says so would only claim memory."""
-    for side in ("in", "out"):
-        size, limit, pad = shape[f"{side}_features"], getattr(old, f"{side}_features"), shape["pad"]
-        shown = pad["blocks"] * pad["padded"] if pad and pad["side"] == side else size
+    for side, limit in zip(("in", "out"), features(old), strict=True):
+        size, pad = shape[f"{side}_features"], shape["pad"]
+        shown = size
+        if pad and pad["side"] == side:
+            shown = pad["blocks"] * pad["padded"] if "blocks" in pad else pad["size"]
         if max(size, shown) > limit:
             raise ArtifactError(
                 f"the shape record gives {name} {side}_features={max(size, shown)}; the dense map has {limit}"
@@ -287,7 +511,7 @@ def _check_smaller(name: str, shape: Mapping[str, Any], old: nn.Linear) -> None:
 
 def head_width(attention: nn.Module) -> Any:
     """Width of a head, by the attribute that the attention module keeps it in; None where it has none."""
-    return next((getattr(attention, name) for name in HEAD_DIM_ATTRIBUTES if hasattr(attention, name)), None)
+    return next((getattr(attention, name) for name in WIDTHS if hasattr(attention, name)), None)
 
 
 def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -296,15 +520,30 @@ def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
         if max(columns, default=0) >= width:
             raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
     for name, attributes in record["attributes"].items():
+        module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, value)
+            if not isinstance(dense := getattr(module, attribute, None), int) or value > dense:
+                raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
+            setattr(module, attribute, value)
     for name, columns in record["rotary"].items():
         model.get_submodule(name).register_forward_pre_hook(_RotaryColumns(columns), with_kwargs=True)
 
 
-def _linear(shape: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    sizes = (shape["in_features"], shape["out_features"], shape["bias"])
+def _sized(old: Map, shape: Mapping[str, Any], device: torch.device) -> Map:
+    """A map like ``old`` in the sizes of a record, its weights uninitialised."""
+    sizes = (shape["in_features"], shape["out_features"])
+    pad, dtype = shape["pad"], old.weight.dtype
     with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
-        linear = PaddedLinear(*sizes, **shape["pad"], dtype=dtype) if shape["pad"] else nn.Linear(*sizes, dtype=dtype)
-    return linear if device.type == "meta" else linear.to_empty(device=device)
+        new: Map
+        if isinstance(old, nn.Linear):
+            new = (
+                PaddedLinear(*sizes, shape["bias"], dtype=dtype, **pad)
+                if pad
+                else nn.Linear(*sizes, shape["bias"], dtype=dtype)
+            )
+        elif pad or 0 in sizes:
+            new = PaddedConv1D(sizes[1], sizes[0], **(pad or {})).to(dtype)
+        else:
+            new = Conv1D(sizes[1], sizes[0]).to(dtype)
+    return new if device.type == "meta" else new.to_empty(device=device)

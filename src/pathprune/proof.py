@@ -1,0 +1,223 @@
+"""Prove a candidate: sliced, the sublayer computes what it computes masked.
+
+In float64, on the arguments of a real call, for random selections with unequal widths, a head
+gone, and everything gone, with random fills and rotations where the pair would allow them. The
+first form of the pairs that holds is taken, from the one that leaves the least behind (the
+layer's code follows smaller heads) to the one that always holds if anything does (kept
+dimensions stay in their places, zeros in the others). What cannot be proved is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pathprune.budget import Selection
+from pathprune.layouts import Candidate
+from pathprune.masks import attach_masks
+from pathprune.pairs import BaseModel, Ints, Kind, Pair, PairList
+from pathprune.slicing import slice_modules
+
+TOLERANCE = 1e-9
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Float64(TorchDispatchMode):
+    """While it is active, nothing is rounded to a lower precision, as many models do inside (norms, softmax,
+    rotary embedding): what differs in float64 is then wrong, not rounded.
+    """
+
+    LOWER = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in self.LOWER:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+class Bench:
+    """One sublayer and the arguments of one call of it, in float64."""
+
+    def __init__(self, scope: nn.Module, call: Call) -> None:
+        self.scope = copy.deepcopy(scope).double().eval()
+        for module in self.scope.modules():  # grouped kernels know no float64
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_experts_implementation", None):
+                config._experts_implementation = "eager"
+        self.call = pytree.tree_map(lambda x: x.double() if _floating(x) else x, call)
+
+    def run(self, module: nn.Module) -> Any:
+        # Some layers write into what they are given.
+        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.call)
+        with Float64():
+            return module(*args, **kwargs)
+
+    def refutes(self, members: Sequence[Pair]) -> str | None:
+        """Why the members, as they are, do not hold; None if they do."""
+        rng = np.random.default_rng(0)
+        for trial, keep in enumerate(_trials(rng, members)):
+            fill = {p.name: rng.normal(size=(p.groups, p.width)) for p in members if p.fillable}
+            basis = {}
+            if trial == 1:
+                basis = {p.name: rng.normal(size=(p.groups, p.width, p.width)) for p in members if p.rotatable}
+            selection = Selection(PairList(members, BaseModel("", "", "", 0, 0)), keep, fill=fill, basis=basis)
+            masks = {name: torch.from_numpy(mask) for name, mask in keep.items()}
+            constants = {name: torch.from_numpy(array) for name, array in fill.items()}
+            try:
+                with torch.no_grad():
+                    with attach_masks(self.scope, members, masks, constants, basis):
+                        expected = self.run(self.scope)
+                    sliced, _ = slice_modules(self.scope, selection)
+                    got = self.run(sliced)
+                    before = self.run(self.scope) if trial == 0 else None
+            except Exception as error:
+                return f"sliced, it does not run: {type(error).__name__}: {error}"
+            gap = _distance(expected, got)
+            if not gap <= TOLERANCE:
+                return f"sliced and masked outputs differ by {gap:.1e} (relative; at most {TOLERANCE:.0e})"
+            if trial == 0 and not _distance(before, expected) > TOLERANCE:
+                return "masking its units does not change its output"
+        return None
+
+
+def prove(candidate: Candidate, scope: nn.Module, call: Call, columns: int) -> tuple[list[Pair], dict[Kind, str]]:
+    """The pairs of a candidate, seen from its block, in the first form that holds; and refused kinds with the reason.
+
+    Args:
+        scope: the block.
+        call: its arguments.
+        columns: width of the cos and sin that the attention is handed by name; zero if it is not.
+    """
+    bench = Bench(scope, call)
+    held: list[Pair] = []
+    refused: dict[Kind, str] = {}
+    choices = candidate.choices
+    # Values show the layout of a fused map: nothing can stand between them and the output projection unseen.
+    for choice in choices:
+        held, refused = _alone(bench, choice)
+        if len(held) == len(choice) and not (len(choices) > 1 and held[-1].mixing):
+            break
+    else:
+        if len(choices) > 1:
+            held, refused = _alone(bench, choices[0])
+    if not held:
+        return [], refused
+    reason = None
+    for form in _forms(held, len(choices[0]), columns):
+        if form == held and len(held) == 1:
+            return held, refused  # already proved
+        reason = bench.refutes(form)
+        if reason is None:
+            return form, refused
+    return [], {**refused, **{pair.kind: str(reason) for pair in held}}
+
+
+def _alone(bench: Bench, choice: Sequence[Pair]) -> tuple[list[Pair], dict[Kind, str]]:
+    """Each pair in place, by itself: what, if anything, stands between its maps."""
+    held: list[Pair] = []
+    refused: dict[Kind, str] = {}
+    for pair in choice:
+        first = None
+        for variant in _between(pair):
+            reason = bench.refutes([variant])
+            first = first or reason
+            if reason is None:
+                held.append(variant)
+                break
+        else:
+            refused[pair.kind] = str(first)
+    return held, refused
+
+
+def _between(pair: Pair) -> Iterator[Pair]:
+    in_place = replace(pair, narrow=False, fewer=False)
+    if pair.stacked:  # stacked maps have nothing between them but their expert's own code
+        yield pair
+        return
+    yield in_place
+    if pair.kind == "qk" and pair.width % 2 == 0:
+        yield replace(in_place, rotary="halves")
+        yield replace(in_place, rotary="neighbours")
+    yield replace(in_place, mixing=True)
+
+
+def _forms(held: list[Pair], expected: int, columns: int) -> Iterator[list[Pair]]:
+    """From what leaves the least behind to what is always right."""
+    if held[0].stacked:
+        yield held
+        return
+    free = not any(pair.mixing for pair in held)
+    if held[0].kind == "mlp":
+        if free:
+            yield [replace(held[0], narrow=True, fewer=True)]
+        yield held
+        return
+    if len(held) == expected:
+        width = held[0].width
+        rotary = [pair for pair in held if pair.rotary]
+        narrow = free and all(pair.width == width for pair in held) and (not rotary or columns in (width, width // 2))
+        for fewer in (True, False):
+            for rescale in (False, True) if narrow else ():
+                yield [replace(pair, narrow=True, fewer=fewer, rescale=rescale) for pair in held]
+        yield [replace(pair, fewer=True) for pair in held]
+    yield held
+
+
+Keep = dict[str, npt.NDArray[np.bool_]]
+
+
+def _trials(rng: np.random.Generator, members: Sequence[Pair]) -> Iterator[Keep]:
+    """Rectangles with unequal widths and, where there are several heads, one gone; nothing at all; and where
+    dimensions are coupled, halves of the units that tell any two units apart.
+    """
+
+    def some(pair: Pair) -> Ints:
+        return rng.permutation(pair.units)[: max(1, pair.units * (1 + (pair.kind == "qk")) // 3)]
+
+    for _ in range(2):
+        yield _rectangles(members, rng, some)
+    yield {pair.name: np.zeros(pair.shape, dtype=bool) for pair in members}
+    coupled = [pair.units for pair in members if pair.rotary]
+    for bit in range((max(coupled, default=1) - 1).bit_length()):
+        yield _rectangles(members, rng, partial(_with_bit, bit))
+
+
+def _with_bit(bit: int, pair: Pair) -> Ints:
+    units = np.arange(pair.units)
+    chosen = units[units >> bit & 1 == 1]
+    return chosen if len(chosen) else units[:1]
+
+
+def _rectangles(members: Sequence[Pair], rng: np.random.Generator, choose: Callable[[Pair], Ints]) -> Keep:
+    keep = {}
+    alive = np.ones(members[0].groups, dtype=bool)
+    if len(alive) > 1 and not members[0].stacked:
+        alive[rng.integers(len(alive))] = False
+    for pair in members:
+        keep[pair.name] = np.zeros(pair.shape, dtype=bool)
+        common = choose(pair)
+        for head in np.flatnonzero(alive):
+            keep[pair.name][head, common if pair.rotary else choose(pair)] = True
+    return keep
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Largest relative difference of two outputs' first tensors (what follows are attention weights, by head)."""
+    x, y = (next(filter(_floating, pytree.tree_leaves(output))) for output in (a, b))
+    return float("inf") if x.shape != y.shape else float((x - y).abs().max() / x.abs().max().clamp_min(1e-30))
