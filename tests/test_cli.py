@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ResNetConfig, ResNetModel
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 import pathprune as pp
 from helpers import VOCAB, tiny_bert
@@ -93,12 +107,60 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
     jsonl = ("--data", dense.parent / "texts.jsonl", "--field", "body")
     settings = ("--steps", 20, "--lr", 3e-3)
     facts = answer("recover", half, "--teacher", dense, *jsonl, *settings, "--out", recovered, "--json")
-    assert facts["cosine_on_training_data"]["after"] > facts["cosine_on_training_data"]["before"]
+    assert facts["fidelity_on_training_data"]["after"] > facts["fidelity_on_training_data"]["before"]
     rows = answer("evaluate", half, recovered, "--teacher", dense, "--data", texts, "--json")["models"]
-    assert rows[0]["cosine"] == pytest.approx(1)
+    assert rows[0]["fidelity"] == pytest.approx(1)
     assert rows[1]["params"] == rows[2]["params"] < rows[0]["params"]
     assert rows[1]["bytes_on_disk"] < rows[0]["bytes_on_disk"]
     assert "half" in answer("evaluate", half, "--teacher", dense, "--data", texts)
+
+
+def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: Path, ask: Ask) -> None:
+    """A language model, an encoder-decoder and an image classifier keep their heads, from search to evaluation."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape))
+    bart_shape = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    bart_shape |= {"d_model": 16, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 16}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, **bart_shape))
+    vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
+    pictures, texts = tmp_path / "pictures", dense.parent / "texts.txt"
+    pictures.mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9), (60 * i, 20, 20)).save(pictures / f"{i}.png")
+    for name, model, data in (("llama", llama, texts), ("bart", bart, texts), ("vit", vit, pictures)):
+        source, run, half, after = (tmp_path / f"{name}{part}" for part in ("", "-run", "-half", "-after"))
+        model.save_pretrained(source)
+        if model is vit:
+            ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(source)
+        else:
+            AutoTokenizer.from_pretrained(dense).save_pretrained(source)
+        given = ("--data", data, "--max-length", 10, "--json")
+        for command in (
+            ("search", source, *given, "--out", run, "--steps", 4, "--multiple", 1),
+            ("slice", run, source, "--keep", 0.5, "--out", half),
+            ("recover", half, "--teacher", source, *given, "--out", after, "--steps", 2),
+        ):
+            code, _, err = ask(*command)
+            assert code == 0, err
+        assert SolutionPath.load(run).config["objective"] == "logits"
+        assert SolutionPath.load(run).seq_len == (5 if model is vit else 10 if model is llama else 6)
+        code, out, err = ask("evaluate", half, after, "--teacher", source, *given)
+        assert code == 0, err
+        facts = json.loads(out)
+        assert facts["objective"] == "logits"
+        assert facts["models"][0]["fidelity"] == pytest.approx(1, abs=1e-6)
+        assert type(type(model).from_pretrained(after)) is type(model)
+        assert json.loads((after / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_a_head_that_the_weights_lack_is_not_invented(dense: Path, tmp_path: Path, ask: Ask) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    code, out, err = ask("inspect", folder, "--json")
+    assert code == 0, err
+    assert json.loads(out)["base"]["architecture"] == "BertModel"
 
 
 def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, ask: Ask) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pathprune import __version__
 from pathprune.errors import PathpruneError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="pathprune",
@@ -46,10 +44,17 @@ class Method(str, Enum):
 
 
 ModelArg = Annotated[str, typer.Argument(help="Folder or hub id of the dense model.")]
-DataOpt = Annotated[Path, typer.Option(help="Unlabelled texts: one a line, or .jsonl with a field.")]
+DataOpt = Annotated[
+    Path, typer.Option(help="Unlabelled texts, one a line or .jsonl with a field; or a folder of images.")
+]
+ObjectiveOpt = Annotated[
+    str, typer.Option(help="What to stay close to: embedding, hidden, logits; auto goes by what the model returns.")
+]
 FieldOpt = Annotated[str, typer.Option(help="Field of a .jsonl file that holds the text.")]
-BatchOpt = Annotated[int, typer.Option(min=1, help="Texts in a batch.")]
-LengthOpt = Annotated[int, typer.Option(min=2, help="Tokens of a text; longer ones are cut.")]
+BatchOpt = Annotated[int, typer.Option(min=1, help="Texts or images in a batch.")]
+LengthOpt = Annotated[
+    int, typer.Option(min=2, help="Tokens of a text; longer ones are cut. Of language models, the window's length.")
+]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is a GPU where there is one.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
@@ -114,7 +119,7 @@ def search(
     model: ModelArg,
     data: DataOpt,
     out: Annotated[Path, typer.Option(help="Folder for the solution path and its checkpoints.")],
-    objective: Annotated[str, typer.Option(help="What to stay close to.")] = "embedding",
+    objective: ObjectiveOpt = "auto",
     dynamics: Annotated[Dynamics, typer.Option(help="How the path is found.")] = Dynamics.sampled,
     steps: Annotated[int, typer.Option(help="Forward-backward passes.")] = 400,
     unit: Annotated[UnitName, typer.Option(help="What an attention layer may lose.")] = UnitName.mixed,
@@ -130,10 +135,11 @@ def search(
     """Find the solution path: one run that ranks every unit of the model."""
     from pathprune.searching import search as run
 
+    dense = _load(model, device)
     try:
         path = run(
-            _load(model, device),
-            _batches(model, data, field, batch_size, max_length),
+            dense,
+            _batches(dense, model, data, field, batch_size, max_length),
             objective=objective,
             out=out,
             resume=resume,
@@ -190,6 +196,7 @@ def recover(
     method: Annotated[Method, typer.Option(help="How to recover.")] = Method.distill,
     steps: Annotated[int, typer.Option(help="Distillation steps.")] = 300,
     lr: Annotated[float, typer.Option(help="Peak learning rate of distillation.")] = 3e-4,
+    objective: ObjectiveOpt = "auto",
     batch_size: BatchOpt = 16,
     max_length: LengthOpt = 48,
     field: FieldOpt = "text",
@@ -202,17 +209,20 @@ def recover(
     from pathprune.hub import save_model
     from pathprune.recovery import recover as run
 
-    batches = _batches(teacher, data, field, batch_size, max_length)
     dense, small = _load(teacher, device), _load(model, device)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed} if method is Method.distill else {}
-    before = fidelity(small, dense, batches[:8])
+    batches = _batches(dense, teacher, data, field, batch_size, max_length)
+    settings: dict[str, Any] = {}
+    if method is Method.distill:
+        settings = {"steps": steps, "lr": lr, "seed": seed, "objective": objective}
+    first = list(islice(batches, 8))
+    before = fidelity(small, dense, first, objective)
     recovered = run(small, teacher=dense, data=batches, method=method.value, **settings)
-    after = fidelity(recovered, dense, batches[:8])
+    after = fidelity(recovered, dense, first, objective)
     save_model(recovered, out, source=model)
     if as_json:
-        _print_json(out=str(out), method=method.value, cosine_on_training_data={"before": before, "after": after})
+        _print_json(out=str(out), method=method.value, fidelity_on_training_data={"before": before, "after": after})
         return
-    typer.echo(f"{out}: cosine to dense on the first batches of this data {before:.4f} -> {after:.4f}")
+    typer.echo(f"{out}: fidelity to dense on the first batches of this data {before:.4f} -> {after:.4f}")
     typer.echo(f"Next: pathprune evaluate {out} --teacher {teacher} --data unseen.txt")
 
 
@@ -221,19 +231,27 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders of sliced models.")],
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     data: DataOpt,
+    objective: ObjectiveOpt = "auto",
     batch_size: BatchOpt = 16,
     max_length: LengthOpt = 128,
     field: FieldOpt = "text",
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compare sliced models with the dense one: quality on unseen data, size, and latency in turns."""
-    from pathprune.evaluation import bytes_on_disk, fidelity, latency
+    """Compare sliced models with the dense one: fidelity on unseen data, size, and latency in turns.
 
-    batches = _batches(teacher, data, field, batch_size, max_length)
+    Fidelity is one minus the objective's loss: for embeddings, the mean cosine to the dense ones; for logits, one
+    minus the divergence in nats.
+    """
+    from pathprune.data import Batches
+    from pathprune.evaluation import bytes_on_disk, fidelity, latency
+    from pathprune.objectives import get_objective, objective_name
+
     dense = _load(teacher, device)
+    batches = _batches(dense, teacher, data, field, batch_size, max_length)
     loaded = [dense, *(_load(model, device) for model in models)]
-    timing = {key: value.to(next(dense.parameters()).device) for key, value in batches[0].items()}
+    timing = Batches(dense, batches).first
+    goal = get_objective(objective, dense, timing)
     times = latency(loaded, timing)
     rows = [
         {
@@ -242,22 +260,23 @@ def evaluate(
             "bytes_on_disk": bytes_on_disk(name) if Path(name).is_dir() else None,
             "latency_ms": time,
             "latency_ratio": time / times[0],
-            "cosine": fidelity(model, dense, batches),
+            "fidelity": fidelity(model, dense, batches, goal),
         }
         for name, model, time in zip([teacher, *models], loaded, times, strict=True)
     ]
     shape = [int(size) for size in next(iter(timing.values())).shape]
     if as_json:
-        _print_json(latency_input=shape, models=rows)
+        _print_json(latency_input=shape, objective=objective_name(goal), models=rows)
         return
     typer.echo(
-        f"{'model':<32} {'params':>12} {'MB':>8} {'ms':>8} {'x dense':>8} {'cosine':>8}   (latency at input {shape})"
+        f"{'model':<32} {'params':>12} {'MB':>8} {'ms':>8} {'x dense':>8} {'fidelity':>8}   "
+        f"(latency at input {shape}, fidelity by {objective_name(goal)})"
     )
     for row in rows:
         size = "-" if row["bytes_on_disk"] is None else f"{row['bytes_on_disk'] / 1e6:.1f}"
         typer.echo(
             f"{row['model'][-32:]:<32} {row['params']:>12,} {size:>8} {row['latency_ms']:>8.1f} "
-            f"{row['latency_ratio']:>8.2f} {row['cosine']:>8.4f}"
+            f"{row['latency_ratio']:>8.2f} {row['fidelity']:>8.4f}"
         )
 
 
@@ -305,23 +324,38 @@ def _number(text: str | None) -> float | int | None:
 
 
 def _load(name: str, device: str | None) -> Any:
-    """A model by folder or hub id, ready to run."""
+    """A model by folder or hub id, ready to run: with the head that the checkpoint holds, or none."""
     import torch
-    from transformers import AutoModel
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model, found = kind.from_pretrained(name, output_loading_info=True)
+        if found["missing_keys"]:  # a configuration that names a head, and weights without it
+            model = transformers.AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise PathpruneError(f"cannot load a model from {name!r}: {error}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def _batches(model: str, data: Path, field: str, batch_size: int, max_length: int) -> list[dict[str, Any]]:
-    from transformers import AutoTokenizer
+def _batches(
+    model: Any, source: str, data: Path, field: str, batch_size: int, max_length: int
+) -> Iterable[dict[str, Any]]:
+    """A folder is images; a file is texts: full windows for a language model, else one padded line each."""
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    from pathprune.data import read_texts, tokenized
+    from pathprune.data import Images, packed, read_texts, tokenized
 
-    texts = read_texts(data, field)
-    return tokenized(texts, AutoTokenizer.from_pretrained(model), batch_size=batch_size, max_length=max_length)
+    if data.is_dir():
+        return Images(data, AutoImageProcessor.from_pretrained(source), batch_size=batch_size)
+    texts, tokenizer = read_texts(data, field), AutoTokenizer.from_pretrained(source)
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        return packed(texts, tokenizer, batch_size=batch_size, length=max_length)
+    batches = tokenized(texts, tokenizer, batch_size=batch_size, max_length=max_length)
+    if model.can_generate():  # an encoder-decoder writes each text again
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batches

@@ -1,9 +1,10 @@
-"""Batches of model inputs: checked before a model sees them, and started over when they end."""
+"""Batches of model inputs: made from texts or images, checked before a model sees them, started over when they end."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathprune.errors import DataError
 
 Batch = dict[str, Tensor]
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
 
 class Batches:
     """A re-iterable of model-input dicts, endless and on the model's device.
@@ -23,6 +26,9 @@ class Batches:
     Args:
         model: whose ``forward`` the keys must fit.
         data: a list, a DataLoader, or anything else that can be iterated again and again.
+
+    Attributes:
+        first: the first batch, on the model's device.
 
     Raises:
         DataError: the data is empty or can be iterated only once, or its first batch is not a
@@ -41,7 +47,7 @@ class Batches:
         self.model = type(model).__name__
         for batch in data:
             self._check(batch)
-            self.first = batch
+            self.first = self._placed(batch)
             return
         raise DataError("data is empty: no batch to search or recover on. Pass at least one model-input dict")
 
@@ -55,12 +61,6 @@ class Batches:
             )
         if wrong := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
             raise DataError(f"{wrong[0]} is a {type(batch[wrong[0]]).__name__}; every model input must be a tensor")
-
-    @property
-    def seq_len(self) -> int:
-        """Length of the first batch's sequences, in tokens; 1 where they have none."""
-        ids = self.first.get("input_ids")
-        return int(ids.shape[1]) if ids is not None and ids.dim() > 1 else 1
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end."""
@@ -76,7 +76,10 @@ class Batches:
         """Every batch of the data, one time."""
         for batch in self.data:
             self._check(batch)
-            yield {key: value.to(self.device) for key, value in batch.items()}
+            yield self._placed(batch)
+
+    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     def take(self, count: int) -> list[dict[str, Tensor]]:
         """The first ``count`` batches, starting over if there are fewer."""
@@ -139,3 +142,66 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max
         )
         for start in range(0, len(texts), batch_size)
     ]
+
+
+def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
+    """Batches of full windows, for language models: the texts in one row, each closed by the end-of-text token.
+
+    Nothing is padded and no token is wasted, and windows are as long as the text that such a model
+    will read, not as its lines. What is left over at the end is dropped.
+
+    Args:
+        tokenizer: of ``transformers``.
+        length: of a window, in tokens.
+
+    Raises:
+        DataError: the texts do not fill one window.
+    """
+    ids: list[int] = []
+    end = tokenizer.eos_token_id
+    for text in texts:
+        ids += tokenizer(text)["input_ids"]
+        if end is not None and ids and ids[-1] != end:
+            ids.append(end)
+    windows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).unflatten(0, (-1, length))
+    if not len(windows):
+        raise DataError(
+            f"the texts have {len(ids)} tokens, less than one window of {length}; pass more or a shorter one"
+        )
+    return [{"input_ids": part} for part in windows.split(batch_size)]
+
+
+class Images:
+    """Batches of a folder's images, in a fixed shuffled order; read anew at every pass, so they need not fit in memory.
+
+    Args:
+        folder: searched with its subfolders.
+        processor: an image processor of ``transformers``, which scales and normalises as the model expects.
+
+    Raises:
+        DataError: there is no image, or Pillow is not installed.
+    """
+
+    def __init__(self, folder: str | Path, processor: Any, *, batch_size: int = 16) -> None:
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
+        self.open = PIL.Image.open
+        self.processor, self.batch_size = processor, batch_size
+        self.files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise DataError(f"{folder} holds no image; it needs files that end in {', '.join(IMAGE_SUFFIXES)}")
+        random.Random(0).shuffle(self.files)  # folders are often sorted by class
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.files), self.batch_size):
+            images = [self._read(file) for file in self.files[start : start + self.batch_size]]
+            yield dict(self.processor(images, return_tensors="pt"))
+
+    def _read(self, file: Path) -> Any:
+        try:
+            with self.open(file) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise DataError(f"cannot read the image {file}: {error}") from error

@@ -28,7 +28,7 @@ from pathprune.discovery import evaluating
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
 from pathprune.hub import save_model
-from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets, last_hidden, pooled
+from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
 from pathprune.searching import search
@@ -153,8 +153,9 @@ class Judge:
 
 def embed(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Normalised mean-pooled embeddings, (texts, d)."""
+    mean = EmbeddingObjective()
     with evaluating(model), torch.inference_mode():
-        return torch.cat([F.normalize(pooled(last_hidden(model(**batch)), batch), dim=-1) for batch in batches])
+        return torch.cat([F.normalize(mean.embeddings(model(**batch), batch), dim=-1) for batch in batches])
 
 
 def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
 
     say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
-    path = search(dense, data[:SEARCH_BATCHES], steps=steps, seed=seed, out=out / "path")
+    path = search(dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, out=out / "path")
     seconds["search"] = time.perf_counter() - began
 
     say("2/4 measure the dense model and slice three sizes")

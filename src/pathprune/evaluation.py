@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from pathprune.budget import Selection
 from pathprune.data import Batches
 from pathprune.discovery import evaluating
-from pathprune.objectives import Targets, get_objective
+from pathprune.objectives import Objective, Targets, get_objective
+from pathprune.outputs import samples
 from pathprune.pairs import PairList
 from pathprune.path import library_versions
 
@@ -26,29 +27,33 @@ FORMAT = 1
 
 
 def fidelity(
-    model: nn.Module, teacher: nn.Module | Targets, data: Iterable[Mapping[str, Tensor]], objective: str = "embedding"
+    model: nn.Module,
+    teacher: nn.Module | Targets,
+    data: Iterable[Mapping[str, Tensor]],
+    objective: str | Objective = "auto",
 ) -> float:
     """One minus the objective's loss against the dense model, averaged over all batches of ``data``.
 
-    For ``objective="embedding"`` this is the mean cosine to the dense embedding.
+    For ``embedding``, which ``"auto"`` takes for encoders, this is the mean cosine to the dense embedding.
 
     Args:
         model: to measure.
         teacher: the dense model, or its remembered outputs where several models are measured on the same data.
         data: re-iterable of model-input dicts.
-        objective: by name.
+        objective: by name, or an object; where ``teacher`` is a ``Targets``, its own counts.
 
     Raises:
-        DataError: the data is empty, or does not fit the model.
+        DataError: the data is empty, or does not fit the model or the objective.
     """
-    targets = teacher if isinstance(teacher, Targets) else Targets(teacher, get_objective(objective))
-    total, samples = 0.0, 0
-    with evaluating(model), evaluating(targets.teacher), torch.no_grad():
-        for batch in Batches(model, data).once():
-            size = next(iter(batch.values())).shape[0]
-            total += size * float(targets.objective.loss(model(**batch), batch, targets(batch)))
-            samples += size
-    return 1 - total / samples
+    batches = Batches(model, data)
+    if isinstance(teacher, nn.Module):
+        teacher = Targets(teacher, get_objective(objective, teacher, batches.first))
+    total, count = 0.0, 0
+    with evaluating(model), evaluating(teacher.teacher), torch.no_grad():
+        for batch in batches.once():
+            total += samples(batch) * float(teacher.objective.loss(model(**batch), batch, teacher(batch)))
+            count += samples(batch)
+    return 1 - total / count
 
 
 def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds: float = 2.0) -> list[float]:

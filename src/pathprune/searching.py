@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from pathprune.discovery import evaluating, find_pairs
 from pathprune.dynamics import DYNAMICS, Driver
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
-from pathprune.objectives import Objective, Targets, get_objective
+from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import PairList
 from pathprune.path import SolutionPath, Trajectory, library_versions
@@ -39,7 +39,7 @@ class SearchConfig:
     """How a search is set up; validated when built.
 
     Args:
-        objective: name of the objective, or of a user's own class.
+        objective: name of the objective, or of a user's own class; what ``"auto"`` chose, not ``"auto"`` itself.
         dynamics: ``"sampled"``, ``"lbi"`` or ``"spp-released"`` (``pathprune.dynamics``).
         steps: forward-backward passes in all; one in 25 measures curvature before the first update.
         seed: of everything random.
@@ -55,7 +55,7 @@ class SearchConfig:
         DataError: a value is out of range.
     """
 
-    objective: str = "embedding"
+    objective: str = "auto"
     dynamics: Dynamics = "sampled"
     steps: int = 400
     seed: int = 0
@@ -97,7 +97,7 @@ def search(
     model: nn.Module,
     data: Iterable[Mapping[str, Tensor]],
     *,
-    objective: str | Objective = "embedding",
+    objective: str | Objective = "auto",
     dynamics: Dynamics = "sampled",
     steps: int = 400,
     seed: int = 0,
@@ -106,7 +106,7 @@ def search(
     progress: bool | None = None,
     **settings: Any,
 ) -> SolutionPath:
-    """Rank every unit of ``model`` in one run over unlabelled data.
+    """Rank every unit of ``model`` in one run over data, which needs no labels.
 
     The weights stay frozen, and the model is as it was when the search returns or fails. With
     ``out``, the search leaves a checkpoint there every 50 steps and on Ctrl-C, from which
@@ -115,7 +115,8 @@ def search(
     Args:
         model: dense, on the device to search on.
         data: re-iterable of model-input dicts, each one batch; started over when it ends.
-        objective: ``"embedding"``, ``"hidden"``, or an object with the methods of ``Objective``.
+        objective: ``"auto"`` (by what the model returns, ``pathprune.objectives.auto``), ``"embedding"``,
+            ``"hidden"``, ``"logits"``, ``"task"`` (labelled batches), or an object with the methods of ``Objective``.
         dynamics: ``"sampled"`` (default), ``"lbi"`` (the paper's text, with nu from curvature) or
             ``"spp-released"`` (the paper's published code).
         steps: forward-backward passes in all.
@@ -132,15 +133,15 @@ def search(
         MismatchError: ``resume`` with another model or other settings.
         ArtifactError: ``out`` cannot be written, or holds nothing to resume.
     """
-    name = objective if isinstance(objective, str) else type(objective).__qualname__
     known = {field.name for field in fields(SearchConfig)}
     if unknown := sorted(set(settings) - known):
         raise DataError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
-    config = SearchConfig(objective=name, dynamics=dynamics, steps=steps, seed=seed, **settings)
+    config = SearchConfig(dynamics=dynamics, steps=steps, seed=seed, **settings)
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
-    goal = get_objective(objective)
     batches = Batches(model, data)
+    goal = get_objective(objective, model, batches.first)
+    config = replace(config, objective=objective_name(goal))
     pairs = find_pairs(model)
     if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
         path = SolutionPath.load(out)
@@ -174,6 +175,7 @@ class _Run:
         self.sizes = [pair.groups * pair.units for pair in pairs]
         self.noise = torch.Generator().manual_seed(config.seed)
         self.targets = Targets(model, objective)
+        self.seq_len = _tokens(model, pairs, batches.first)
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
         self.done = 0
@@ -246,7 +248,7 @@ class _Run:
             {name: part.numpy() for name, part in self.split(ranking).items()},
             unit=self.config.unit,
             multiple=self.config.multiple,
-            seq_len=self.batches.seq_len,
+            seq_len=self.seq_len,
             **rest,
         )
 
@@ -352,6 +354,20 @@ def _check_same(pairs: PairList, config: SearchConfig, base: Any, settings: Any,
         raise MismatchError(
             f"the search in {out} was begun with {'; '.join(changed)}. Resume with the same settings, or search anew"
         )
+
+
+def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> int:
+    """Length of the sequences that the first attention layer (or MLP) sees: of text, image patches or audio frames."""
+    seen: list[int] = []
+    pair = next((pair for pair in pairs if pair.kind != "mlp"), pairs[0])
+    module = model.get_submodule(pair.mask_slot.module)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @contextmanager

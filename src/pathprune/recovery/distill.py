@@ -19,7 +19,7 @@ def distill(
     hidden: bool | None,
     steps: int = 300,
     lr: float = 3e-4,
-    objective: str | Objective = "hidden",
+    objective: str | Objective = "auto",
     seed: int = 0,
 ) -> None:
     """Train in place with AdamW on a one-cycle schedule.
@@ -30,14 +30,16 @@ def distill(
     Args:
         steps: batches to train on.
         lr: peak learning rate.
-        objective: what is imitated; by default every token's last hidden state and the embedding.
+        objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
+            hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
 
     Raises:
         DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
     """
     if steps < 1 or lr <= 0:
         raise DataError(f"steps={steps} and lr={lr} must be positive")
-    targets = teacher if isinstance(teacher, Targets) else Targets(teacher, get_objective(objective))
+    if isinstance(teacher, nn.Module):
+        teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
     torch.manual_seed(seed)
     tables = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
@@ -53,8 +55,8 @@ def distill(
         with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
             for step in bar:
                 batch = next(stream)
-                target = targets(batch)
-                loss = targets.objective.loss(student(**batch), batch, target)
+                target = teacher(batch)
+                loss = teacher.objective.loss(student(**batch), batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

@@ -1,0 +1,74 @@
+"""Read a model's outputs: embeddings, hidden states, and which tokens are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathprune.errors import DataError
+
+Batch = Mapping[str, Tensor]
+
+TOWERS = ("image_embeds", "text_embeds", "audio_embeds", "video_embeds")
+
+
+def towers(outputs: Any) -> list[Tensor]:
+    """The embeddings that a model returns by name, (B, d) each."""
+    found = (getattr(outputs, name, None) for name in TOWERS)
+    return [tower for tower in found if isinstance(tower, Tensor)]
+
+
+def last_hidden(outputs: Any) -> Tensor:
+    """The last hidden state, (B, T, d).
+
+    The places of a feature map (B, d, H, W) are its tokens; a plain (B, d) is one token.
+
+    Raises:
+        DataError: the model has none.
+    """
+    hidden = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
+    if hidden is None:
+        raise DataError(
+            f"this objective needs a last_hidden_state; {type(outputs).__name__} has none. "
+            "Load the model with AutoModel, or use objective='auto'"
+        )
+    if hidden.dim() == 2:
+        return hidden.unsqueeze(1)
+    return hidden.flatten(2).mT if hidden.dim() == 4 else hidden
+
+
+def real_tokens(outputs: Any, batch: Batch, length: int) -> Tensor:
+    """Which of the outputs' ``length`` tokens are not padding, (B, length) bool.
+
+    An encoder-decoder's outputs are its decoder's: there the decoder's mask counts, or labels other than -100.
+    Audio comes with a mask over samples, of which every frame stands for an equal share; the last
+    frame of a recording counts only if it is whole. No mask at all means no padding.
+    """
+    if getattr(outputs, "encoder_last_hidden_state", None) is not None:
+        labels = batch.get("labels")
+        mask = batch.get("decoder_attention_mask", None if labels is None else labels != -100)
+    else:
+        mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.shape[1] < length:
+        some = next(iter(batch.values()))
+        return torch.ones(some.shape[0], length, dtype=torch.bool, device=some.device)
+    if mask.shape[1] == length:
+        return mask.bool()
+    frames = (mask.sum(1, keepdim=True) * length).div(mask.shape[1], rounding_mode="floor").clamp_min(1)
+    return torch.arange(length, device=mask.device) < frames
+
+
+def pooled(hidden: Tensor, real: Tensor, class_token: bool = False) -> Tensor:
+    """Mean of a hidden state (B, T, d) over the real tokens (B, T), (B, d); or [first token, mean of the others]."""
+    if class_token:
+        return torch.cat([hidden[:, 0], pooled(hidden[:, 1:], real[:, 1:])], dim=-1)
+    weight = real.unsqueeze(-1).to(hidden)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def samples(batch: Batch) -> int:
+    """Samples in a batch."""
+    return next(iter(batch.values())).shape[0]
