@@ -126,13 +126,15 @@ def budgets(dense_params: int, dense_macs: int) -> st.SearchStrategy[Budget]:
 
 
 CASES = ("full", "uneven", "fewer heads", "no attention", "no mlp", "nothing left", "half of a path")
+EXTREMES = ("one head", "one unit", "one unit of one head", "nothing in the last layer")
 
 
 def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool = True) -> Selection:
     """A selection that no path would make, of a real model's units.
 
     Args:
-        case: one of ``CASES``; all but the first and the last have unequal query-key and value widths.
+        case: one of ``CASES`` (all but the first and the last have unequal query-key and value widths)
+            or of ``EXTREMES``.
         constants: with fills and well-conditioned rotations, wherever the pairs allow them.
     """
 
@@ -155,18 +157,25 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:
     keep: Masks = {}
     alive: dict[str, npt.NDArray[np.bool_]] = {}
+    attention = [pair.block for pair in pairs if pair.kind != "mlp"]
+    mlps = [pair.block for pair in pairs if pair.kind == "mlp"]
     gone = {
-        "no attention": {next(pair.block for pair in pairs if pair.kind != "mlp")},
-        "no mlp": {next(pair.block for pair in pairs if pair.kind == "mlp")},
-        "nothing left": {pair.block for pair in pairs},
-    }.get(case, set())
+        "no attention": attention[:1],
+        "no mlp": mlps[:1],
+        "nothing left": attention + mlps,
+        "nothing in the last layer": attention[-1:] + mlps[-1:],
+    }.get(case, [])
     for pair in pairs:
         heads = alive.setdefault(pair.block, np.ones(pair.groups, dtype=bool))
-        if case == "fewer heads" and pair.kind == "qk":
+        if case == "fewer heads" and pair.kind == "qk" and pair.groups > 1:
             heads[rng.integers(pair.groups)] = False
+        if case.endswith("one head") and pair.kind == "qk":
+            heads[rng.permutation(pair.groups)[1:]] = False
         count = int(rng.integers(1, pair.units)) if pair.kind != "vo" else pair.units - 1 - int(rng.integers(3))
         if case == "full":
             count = pair.units
+        if case.startswith("one unit"):
+            count = 1
         same = rng.permutation(pair.units)[:count]
         mask = np.zeros(pair.shape, dtype=bool)
         for head in np.flatnonzero(heads):
