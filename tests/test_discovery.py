@@ -217,10 +217,6 @@ def sliced() -> nn.Module:
     return slice_model(model, selection_of(find_pairs(model), "uneven"))
 
 
-def albert() -> nn.Module:
-    return tiny("Albert", embedding_size=8)
-
-
 class Lone(nn.Module):
     """Looks like an MLP, but is no model of transformers."""
 
@@ -232,14 +228,24 @@ class Lone(nn.Module):
         return self.down_proj(self.up_proj(input_ids))
 
 
+def test_a_model_of_another_library_is_searched_on_its_own_inputs() -> None:
+    model = Lone().double()
+    inputs = {"input_ids": torch.randn(3, 4, dtype=torch.float64)}
+    (pair,) = find_pairs(model, inputs)
+    assert (pair.name, pair.kind, pair.shape) == ("mlp", "mlp", (1, 8))
+    with pytest.raises(UnsupportedModelError, match=r"Sequential: no attention or MLP .* among its 2 linear maps"):
+        find_pairs(sequential(), {"input": torch.randn(3, 4)})
+    with pytest.raises(UnsupportedModelError, match="Lone did not run on the input, so nothing could be proved"):
+        find_pairs(model, {"input_ids": torch.randn(3, 5)})
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (sequential, r"Sequential: no attention or MLP in a known layout among its 2 linear maps\. "),
+        (sequential, r"Sequential does not run on a tiny input .* pass inputs="),
         (resnet, r"ResNetModel: no attention or MLP in a known layout among its 0 linear maps"),
         (sliced, r"BertModel is quantised or already sliced; search the dense, unquantised model"),
-        (albert, r"AlbertModel: no attention .*albert_layers\.0\.attention: no linear map for output"),
-        (Lone, r"Lone did not run on a tiny input, so nothing could be proved"),
+        (Lone, r"Lone does not run on a tiny input .* pass inputs="),
         (nn.Identity, r"Identity: no attention or MLP"),
     ],
 )
@@ -252,6 +258,7 @@ def test_unsupported_models_are_refused_with_what_was_found(build: Callable[[], 
     ("family", "model", "settings"),
     [
         ("Bert", "ForSequenceClassification", {}),
+        ("Albert", "Model", {"embedding_size": 8}),
         ("Roberta", "Model", {"max_position_embeddings": 40}),
         ("Llama", "ForCausalLM", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
         ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 5}),

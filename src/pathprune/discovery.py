@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.errors import MismatchError, UnsupportedModelError
+from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, prove
@@ -63,7 +65,10 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
-    batch = dict(inputs) if inputs is not None else _tiny_input(model)
+    batch = dict(inputs) if inputs is not None else example_inputs(model)
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or (getattr(model, "can_generate", bool)() and "kwargs" in parameters):
+        batch.setdefault("use_cache", False)  # a cache would grow from one run of a block to the next
     with evaluating(model):
         count = _Count(model, batch)
         candidates, refused = propose(model, count.order)
@@ -290,30 +295,6 @@ def _capture(model: nn.Module, batch: Mapping[str, Any], blocks: set[str]) -> di
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _tiny_input(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    first = next(model.parameters())
-    name = getattr(model, "main_input_name", "input_ids")
-    if name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)
-        return {"pixel_values": pixels.to(first.device, first.dtype)}
-    if name != "input_ids":
-        raise UnsupportedModelError(f"no tiny input is known for a model that reads {name}")
-    # Ids near the end of the vocabulary are ordinary words; special tokens live at the start.
-    ids = torch.arange(16, device=first.device).reshape(2, 8) % 7 + max(0, config.vocab_size - 9)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if hasattr(config, "use_cache"):
-        batch["use_cache"] = False
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = ids
-    return batch
 
 
 def _inside(pair: Pair) -> Pair:

@@ -142,7 +142,7 @@ def search(
     batches = Batches(model, data)
     goal = get_objective(objective, model, batches.first)
     config = replace(config, objective=objective_name(goal))
-    pairs = find_pairs(model)
+    pairs = find_pairs(model, batches.first)
     if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
         path = SolutionPath.load(out)
         _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
@@ -372,12 +372,18 @@ def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> i
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for weights; the flags come back afterwards."""
+    """No gradients for weights, no cache of keys and values; both come back afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
     for parameter in trainable:
         parameter.requires_grad_(False)
+    if caches:
+        config.use_cache = False
     try:
         yield
     finally:
+        if caches:
+            config.use_cache = caches
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -148,7 +148,10 @@ VIT = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
-DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"} | {"mlp_ratio": 1, "drop_path_rate": 0.1}
+DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"} | {
+    "mlp_ratio": 1,
+    "drop_path_rate": 0.1,
+}
 SWIN = {
     "image_size": 32,
     "patch_size": 2,
@@ -175,7 +178,10 @@ DECODER = {
     **ENDLESS,
 }
 # Of those whose head width is hidden_size / num_attention_heads.
-NARROW = {key: value for key, value in DECODER.items() if key != "head_dim"} | {"hidden_size": 36, "num_attention_heads": 4}
+NARROW = {key: value for key, value in DECODER.items() if key != "head_dim"} | {
+    "hidden_size": 36,
+    "num_attention_heads": 4,
+}
 TOWER = {
     "hidden_size": 30,
     "num_hidden_layers": 2,
@@ -248,7 +254,14 @@ def qwen_vl(family: str, **vision: Any) -> Callable[[], Any]:
     return config(
         f"{family}Config",
         text_config={**text, "rope_parameters": MROPE},
-        vision_config={"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "in_channels": 3, **vision},
+        vision_config={
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+            **vision,
+        },
         image_token_id=IMAGE_TOKEN,
         video_token_id=39,
         vision_start_token_id=38,
@@ -330,10 +343,24 @@ ROWS = [
         image_and_text,
         FOUR,
     ),
-    Row("blip caption", "BlipForConditionalGeneration", blip, image_and_text, {"qk": 6, "vo": 6, "mlp": 4}, generates=True),
+    Row(
+        "blip caption",
+        "BlipForConditionalGeneration",
+        blip,
+        image_and_text,
+        {"qk": 6, "vo": 6, "mlp": 4},
+        generates=True,
+    ),
     Row("blip retrieval", "BlipForImageTextRetrieval", blip, image_and_text, {"qk": 6, "vo": 6, "mlp": 4}),
     Row("blip", "BlipModel", blip, image_and_text, FOUR),
-    Row("llava", "LlavaForConditionalGeneration", llava, llava_image_and_text, {"qk": 5, "vo": 5, "mlp": 5}, generates=True),
+    Row(
+        "llava",
+        "LlavaForConditionalGeneration",
+        llava,
+        llava_image_and_text,
+        {"qk": 5, "vo": 5, "mlp": 5},
+        generates=True,
+    ),
     Row(
         "qwen2-vl",
         "Qwen2VLForConditionalGeneration",
@@ -359,7 +386,12 @@ ROWS = [
     ),
     # Speech.
     encoder("wav2vec2", "Wav2Vec2Model", SPEECH, inputs=waveform),
-    encoder("wav2vec2 stable", "Wav2Vec2Model", {**SPEECH, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}, inputs=waveform),
+    encoder(
+        "wav2vec2 stable",
+        "Wav2Vec2Model",
+        {**SPEECH, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        inputs=waveform,
+    ),
     encoder("hubert", "HubertModel", SPEECH, inputs=waveform),
     encoder(
         "whisper",
@@ -391,12 +423,20 @@ ROWS = [
     encoder(
         "modernbert",
         "ModernBertModel",
-        {**without(BERT, "hidden_dropout_prob", "attention_probs_dropout_prob"), **SPECIAL, "local_attention": 2 * WINDOW - 2}
+        {
+            **without(BERT, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+            **SPECIAL,
+            "local_attention": 2 * WINDOW - 2,
+        }
         | {"hidden_size": 36, "num_hidden_layers": 4, "cls_token_id": BOS, "sep_token_id": EOS},
         pairs=FOUR,
     ),
     # Decoders.
-    decoder("gpt2", "GPT2LMHeadModel", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 30, "n_layer": 2, "n_head": 3, "n_inner": 21, **ENDLESS}),
+    decoder(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 30, "n_layer": 2, "n_head": 3, "n_inner": 21, **ENDLESS},
+    ),
     decoder(
         "gpt-neo",
         "GPTNeoForCausalLM",
@@ -415,8 +455,33 @@ ROWS = [
         {**without(NARROW, "num_key_value_heads"), **rope(partial_rotary_factor=1.0), "use_parallel_residual": False}
         | {"hidden_size": 40, "attention_bias": False},
     ),
-    decoder("gpt-j", "GPTJForCausalLM", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 30, "n_layer": 2, "n_head": 3, "n_inner": 21, "rotary_dim": 4, **ENDLESS}),
-    decoder("bloom", "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 30, "n_layer": 2, "n_head": 3, "hidden_dropout": 0.1, "attention_dropout": 0.1, **ENDLESS}),
+    decoder(
+        "gpt-j",
+        "GPTJForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "n_positions": 64,
+            "n_embd": 30,
+            "n_layer": 2,
+            "n_head": 3,
+            "n_inner": 21,
+            "rotary_dim": 4,
+            **ENDLESS,
+        },
+    ),
+    decoder(
+        "bloom",
+        "BloomForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 30,
+            "n_layer": 2,
+            "n_head": 3,
+            "hidden_dropout": 0.1,
+            "attention_dropout": 0.1,
+            **ENDLESS,
+        },
+    ),
     decoder(
         "falcon",
         "FalconForCausalLM",
@@ -435,7 +500,19 @@ ROWS = [
         {**without(NARROW, "num_key_value_heads", "intermediate_size"), "ffn_hidden_size": 21, "hidden_size": 60}
         | {"num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True},
     ),
-    decoder("mpt", "MptForCausalLM", {"vocab_size": VOCAB, "d_model": 30, "n_heads": 3, "n_layers": 2, "expansion_ratio": 1, "max_seq_len": 64, **ENDLESS}),
+    decoder(
+        "mpt",
+        "MptForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 30,
+            "n_heads": 3,
+            "n_layers": 2,
+            "expansion_ratio": 1,
+            "max_seq_len": 64,
+            **ENDLESS,
+        },
+    ),
     decoder(
         "opt",
         "OPTForCausalLM",
@@ -447,20 +524,65 @@ ROWS = [
     decoder("mistral", "MistralForCausalLM", {**DECODER, "sliding_window": WINDOW}),
     decoder("qwen2", "Qwen2ForCausalLM", {**without(DECODER, "head_dim"), "hidden_size": 60}),
     decoder("qwen3", "Qwen3ForCausalLM", DECODER),
-    decoder("gemma2", "Gemma2ForCausalLM", {**DECODER, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
-    Row("gemma3", "Gemma3ForCausalLM", config("Gemma3TextConfig", **{**DECODER, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "layer_types": ["sliding_attention", "full_attention"]}), text, TWO, generates=True),
-    decoder("phi", "PhiForCausalLM", {**NARROW, **rope(partial_rotary_factor=0.4), "hidden_size": 40, "resid_pdrop": 0.1}),
-    decoder("phi with qk-norm", "PhiForCausalLM", {**NARROW, **rope(partial_rotary_factor=0.4), "hidden_size": 40, "qk_layernorm": True}),
-    decoder("phi-3", "Phi3ForCausalLM", {**NARROW, "hidden_size": 40, "original_max_position_embeddings": 64, "resid_pdrop": 0.1}),
+    decoder(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {
+            **DECODER,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    Row(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        config(
+            "Gemma3TextConfig",
+            **{
+                **DECODER,
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 7,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+        text,
+        TWO,
+        generates=True,
+    ),
+    decoder(
+        "phi", "PhiForCausalLM", {**NARROW, **rope(partial_rotary_factor=0.4), "hidden_size": 40, "resid_pdrop": 0.1}
+    ),
+    decoder(
+        "phi with qk-norm",
+        "PhiForCausalLM",
+        {**NARROW, **rope(partial_rotary_factor=0.4), "hidden_size": 40, "qk_layernorm": True},
+    ),
+    decoder(
+        "phi-3",
+        "Phi3ForCausalLM",
+        {**NARROW, "hidden_size": 40, "original_max_position_embeddings": 64, "resid_pdrop": 0.1},
+    ),
     decoder("smollm3", "SmolLM3ForCausalLM", {**NARROW, "hidden_size": 40, "no_rope_layers": [1, 0]}),
     decoder("olmo2", "Olmo2ForCausalLM", {**NARROW, "hidden_size": 40}),
     decoder("cohere", "CohereForCausalLM", {**NARROW, "hidden_size": 40}),
     decoder("cohere with qk-norm", "CohereForCausalLM", {**NARROW, "hidden_size": 40, "use_qk_norm": True}),
-    decoder("stablelm", "StableLmForCausalLM", {**NARROW, "hidden_size": 40, "use_qkv_bias": True, **rope(partial_rotary_factor=0.4)}),
+    decoder(
+        "stablelm",
+        "StableLmForCausalLM",
+        {**NARROW, "hidden_size": 40, "use_qkv_bias": True, **rope(partial_rotary_factor=0.4)},
+    ),
     decoder(
         "stablelm parallel",
         "StableLmForCausalLM",
-        {**NARROW, "hidden_size": 40, "use_parallel_residual": True, "qk_layernorm": True, **rope(partial_rotary_factor=0.4)},
+        {
+            **NARROW,
+            "hidden_size": 40,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            **rope(partial_rotary_factor=0.4),
+        },
     ),
     # Mixtures of experts.
     decoder("mixtral", "MixtralForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}, **MIXTURE),
@@ -471,8 +593,18 @@ ROWS = [
         | {"moe_intermediate_size": 13, "shared_expert_intermediate_size": 15},
         **MIXTURE,
     ),
-    decoder("qwen3-moe", "Qwen3MoeForCausalLM", {**DECODER, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 13}, **MIXTURE),
-    decoder("gpt-oss", "GptOssForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": WINDOW}, **MIXTURE),
+    decoder(
+        "qwen3-moe",
+        "Qwen3MoeForCausalLM",
+        {**DECODER, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 13},
+        **MIXTURE,
+    ),
+    decoder(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        **MIXTURE,
+    ),
     # Encoders with decoders.
     decoder(
         "t5",

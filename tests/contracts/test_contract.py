@@ -155,7 +155,9 @@ def test_training_with_dropout_and_checkpointing(subject: Subject) -> None:
     torch.manual_seed(0)
     got = gradients(small, subject.inputs)
     assert calls == 3 * once
-    top = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None and gradient.numel())
+    top = max(
+        float(gradient.abs().max()) for gradient in expected.values() if gradient is not None and gradient.numel()
+    )
     for name, gradient in expected.items():
         assert (gradient is None) == (got[name] is None), name
         if gradient is not None and gradient.numel():
