@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import pathprune
 from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
+from pathprune.proof import Float64
 
 torch.set_num_threads(1)
 QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -82,8 +84,9 @@ def tiny_inputs(seed: int = 1, *, batch: int = 3, length: int = 7) -> dict[str, 
 
 @torch.no_grad()
 def run_model(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """First output, at real tokens only."""
-    output = model(**inputs)[0]
+    """First output, at real tokens only; in float64 throughout, if the model is."""
+    with Float64() if next(model.parameters()).dtype == torch.float64 else nullcontext():
+        output = model(**inputs)[0]
     real = inputs["attention_mask"].bool()
     return output[real] if output.shape[:2] == real.shape else output
 

@@ -108,8 +108,10 @@ class Selection:
 
     @property
     def params(self) -> int:
-        """Parameters of the whole sliced model."""
-        return self.pairs.base.params - self.pairs.prunable_params + self.pair_params
+        """Parameters of the whole sliced model, with the biases that fills need."""
+        thinned = [pair for pair in self.pairs if not self.keep[pair.name].all()]
+        biases = sum(pair.fill_params for pair in thinned if pair.name in self.fill)
+        return self.pairs.base.params - self.pairs.prunable_params + self.pair_params + biases
 
     @property
     def macs(self) -> int:
@@ -165,7 +167,12 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
     else:
         unit_cost = [pair.unit_params for pair in pairs]
         dense = pairs.prunable_params if budget.kind == "keep" else pairs.base.params
-    sizes = np.rint(dense - np.concatenate([[0.0], np.cumsum(order.units @ np.array(unit_cost, dtype=np.float64))]))
+    costs = order.units @ np.array(unit_cost, dtype=np.float64)  # (E,)
+    if budget.kind == "params":
+        for i, pair in enumerate(pairs):
+            if pair.name in path.fill:
+                costs[np.flatnonzero(order.units[:, i])[0]] -= pair.fill_params
+    sizes = np.rint(dense - np.concatenate([[0.0], np.cumsum(costs)]))
 
     absolute = isinstance(budget.value, Integral) and budget.kind != "keep"
     limit = budget.value if absolute else budget.value * dense

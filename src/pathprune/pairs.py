@@ -198,11 +198,17 @@ class Pair:
 
     @property
     def fillable(self) -> bool:
-        """Whether a constant in a removed dimension's place can be folded into the consumer's bias.
+        """Whether a constant in a removed dimension's place can be folded into the consumer's bias, which a
+        consumer without one is given.
 
         For ``vo`` this holds because attention weights sum to one; the proof of the pair would show it if not.
         """
-        return self.kind != "qk" and self.consumer.bias and not self.mixing and not self.stacked
+        return self.kind != "qk" and not self.mixing and not self.stacked
+
+    @property
+    def fill_params(self) -> int:
+        """Parameters that a fill adds to the sliced model: the bias of a consumer that had none."""
+        return 0 if self.consumer.bias else self.consumer.size
 
     @property
     def rotatable(self) -> bool:

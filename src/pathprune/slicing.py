@@ -197,7 +197,7 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
         new.weight.requires_grad_(old.weight.requires_grad)
         if new.bias is not None and bias is not None:
             new.bias.data.copy_(bias)
-            new.bias.requires_grad_(old.bias.requires_grad)
+            new.bias.requires_grad_(old.weight.requires_grad if old.bias is None else old.bias.requires_grad)
         new.train(old.training)
         memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
     for pair in selection.pairs:
@@ -231,6 +231,9 @@ def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Rec
             _plan_attention(model, selection, members, axes, record)
     for name, axis in axes.items():
         record["modules"][name] = _shape(_map(model, name), axis)
+    for pair in selection.pairs:
+        if pair.name in selection.fill and pair.consumer.module in axes:
+            record["modules"][pair.consumer.module]["bias"] = True
     return axes, record
 
 
@@ -409,12 +412,13 @@ def _sliced_tensors(
                 weight = weight.index_copy(0, index, weight[index] * factor)
                 if bias is not None:
                     bias = bias.detach().index_copy(0, index, bias.detach()[index] * factor)
-            if slot == pair.consumer and slot.side == "in" and bias is not None and pair.name in selection.fill:
+            if slot == pair.consumer and slot.side == "in" and pair.name in selection.fill:
                 gone = torch.from_numpy(pair.positions(slot, ~selection.keep[pair.name])).to(weight.device)
                 fill = torch.from_numpy(selection.fill[pair.name]).double().to(weight.device)
                 lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
                 every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
-                bias = bias.detach().double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
+                old = torch.zeros(()) if bias is None else bias.detach()
+                bias = old.to(weight.device).double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
             tensors[slot.module] = (weight, bias)
     for name, (weight, bias) in tensors.items():
         module, axis = _map(model, name), axes[name]
