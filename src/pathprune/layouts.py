@@ -111,7 +111,7 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
     claimed: set[str] = set()
     shared = _shared_parameters(model)
     modules = dict(model.named_modules())
-    for look in (_attention, _mlp, _stack):
+    for look in (_latent_attention, _attention, _mlp, _stack):
         for name, module in modules.items():
             try:
                 candidate = look(model, name, module, order)
@@ -194,6 +194,26 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
             slots = [replace(one, start=s, repeat=r, total=repeat + 2, layout=layout) for s, r in starts]
         choices.append(_two(block, groups, width, width, slots, _slot(model, output, repeat, "in")))
     return Candidate(block, tuple(choices))
+
+
+def _latent_attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[str, int]) -> Candidate | None:
+    """Keys and values from a common low-rank latent (DeepSeek-V2): each head of ``kv_b_proj`` is a key part without
+    rotary embedding, then a value; each head of the query such a part, then one with it.
+    """
+    query, both = _child(model, name, "q_b_proj") or _child(model, name, "q_proj"), _child(model, name, "kv_b_proj")
+    output = _child(model, name, "o_proj")
+    plain, value = getattr(module, "qk_nope_head_dim", None), getattr(module, "v_head_dim", None)
+    heads = _head_counts(module, model)[0]
+    if not (query and both and output and heads and isinstance(plain, int) and isinstance(value, int)):
+        return None
+    whole = features(_map(model, query))[1] // heads
+    if features(_map(model, both))[1] != heads * (plain + value) or features(_map(model, output))[0] != heads * value:
+        raise _Misfit(f"widths do not meet: {heads} heads of {plain} and {value}")
+    q = replace(_slot(model, query), layout="rows", total=whole)
+    k = replace(_slot(model, both), layout="rows", total=plain + value)
+    v = replace(k, start=plain)
+    block = _common([query, both, output])
+    return Candidate(block, (_two(block, heads, plain, value, [q, k, v], _slot(model, output, 1, "in")),))
 
 
 def _inputs(model: nn.Module, name: str) -> tuple[list[str], str]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Kind = Literal["qk", "vo", "mlp"]
 Side = Literal["out", "in"]
-Layout = Literal["blocks", "heads", "dims"]
+Layout = Literal["blocks", "heads", "dims", "rows"]
 Rotary = Literal["", "halves", "neighbours"]
 
 Ints = npt.NDArray[np.int64]
@@ -41,6 +41,7 @@ class Slot:
     blocks   one block a map, each (group, head, dimension)     (start G + g repeat + r) D + d
     heads    (group, head of any map, dimension)                (g total + start + r) D + d
     dims     (group, head, dimension, map)                      ((g repeat + r) D + d) total + start
+    rows     heads of unequal parts; in dimensions, not heads   g total + start + d
     ======== ================================================= =======================================
 
     Args:
@@ -70,7 +71,7 @@ class Slot:
         if not self.total:
             object.__setattr__(self, "total", self.repeat)
         numbers = (self.size, self.repeat, self.total, self.start + 1, self.total - self.start - self.repeat + 1)
-        if self.side not in ("out", "in") or self.layout not in ("blocks", "heads", "dims"):
+        if self.side not in ("out", "in") or self.layout not in get_args(Layout):
             raise ValueError(f"{self.module}: side={self.side!r}, layout={self.layout!r} make no slot")
         if not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(
@@ -95,7 +96,9 @@ class Slot:
             return (self.start * groups + g * self.repeat + r) * width + d
         if self.layout == "heads":
             return (g * self.total + self.start + r) * width + d
-        return ((g * self.repeat + r) * width + d) * self.total + self.start
+        if self.layout == "dims":
+            return ((g * self.repeat + r) * width + d) * self.total + self.start
+        return g * self.total + self.start + d + 0 * r
 
     @property
     def unit_params(self) -> int:

@@ -164,7 +164,7 @@ def _forms(held: list[Pair], expected: int, columns: int) -> Iterator[list[Pair]
             yield [replace(held[0], narrow=True, fewer=True)]
         yield held
         return
-    if len(held) == expected:
+    if len(held) == expected and not any(slot.layout == "rows" for pair in held for slot in pair.slots):
         width = held[0].width
         rotary = [pair for pair in held if pair.rotary]
         narrow = free and all(pair.width == width for pair in held) and (not rotary or columns in (width, width // 2))

@@ -418,7 +418,9 @@ def _sliced_tensors(
                 lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
                 every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
                 old = torch.zeros(()) if bias is None else bias.detach()
-                bias = old.to(weight.device).double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
+                bias = (
+                    old.to(weight.device).double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
+                )
             tensors[slot.module] = (weight, bias)
     for name, (weight, bias) in tensors.items():
         module, axis = _map(model, name), axes[name]
