@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
@@ -78,25 +79,17 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 f"{type(model).__name__}: no attention or MLP in a known layout among its {linears} linear maps. "
                 f"{_reasons(refused)}See docs/architectures.md for what is supported"
             )
-        # Layers that differ in nothing but their weights need one proof, on one captured call.
-        alike: dict[Any, list[Candidate]] = {}
-        for candidate in candidates:
-            facts = tuple(tuple(replace(_inside(p), name="") for p in choice) for choice in candidate.choices)
-            reached = all(module in count.positions for module in candidate.modules)
-            alike.setdefault((reached, _facts(model.get_submodule(candidate.block)), facts), []).append(candidate)
-        models = [group[0] for (reached, *_), group in alike.items() if reached]
-        calls = _capture(model, batch, {name for candidate in models for name in _watched(model, candidate)})
         found: dict[int, list[Pair]] = {}
-        for (reached, *_), group in alike.items():
-            first = group[0]
-            if not reached or first.block not in calls:
-                refused |= {candidate.block: "the forward pass of the input never called it" for candidate in group}
+        groups, calls = _capture(model, batch, candidates)
+        for alike in groups:
+            first = next((candidate for candidate in alike if candidate.block in calls), None)
+            if first is None or any(m not in count.positions for m in first.modules):
+                refused |= {candidate.block: "the forward pass of the input never called it" for candidate in alike}
                 continue
             inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
-            held, reasons = prove(
-                inside, model.get_submodule(first.block), calls[first.block], _columns(model, first, calls)
-            )
-            for candidate in group:
+            columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
+            held, reasons = prove(inside, model.get_submodule(first.block), calls[first.block], columns)
+            for candidate in alike:
                 names = {pair.kind: pair.name for pair in candidate.choices[0]}
                 found[id(candidate)] = [_outside(pair, candidate.block, names[pair.kind]) for pair in held]
                 refused |= {names[kind]: reason for kind, reason in reasons.items()}
@@ -112,16 +105,8 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
     return PairList(pairs, identify(model, *count.dense([p for p in pairs if p.stacked])), refused)
 
 
-def _watched(model: nn.Module, candidate: Candidate) -> set[str]:
-    """Modules whose arguments the proof needs: the block, and the attention that is handed cos and sin."""
-    return {candidate.block, attention_of(model, candidate.choices[0][0])}
-
-
-def _columns(model: nn.Module, candidate: Candidate, calls: Mapping[str, Call]) -> int:
+def _columns(call: Call | None) -> int:
     """Width of the cos and sin that an attention is handed by name; zero if it is not."""
-    if candidate.choices[0][0].kind != "qk":
-        return 0
-    call = calls.get(attention_of(model, candidate.choices[0][0]))
     handed = call[1].get("position_embeddings") if call else None
     if isinstance(handed, tuple) and len(handed) == 2 and all(isinstance(t, Tensor) for t in handed):
         return int(handed[0].shape[-1])
@@ -277,24 +262,48 @@ def run_once(model: nn.Module, batch: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _capture(model: nn.Module, batch: Mapping[str, Any], blocks: set[str]) -> dict[str, Call]:
-    """Arguments of the first call of each block, as they are before it runs."""
+def _capture(
+    model: nn.Module, batch: Mapping[str, Any], candidates: list[Candidate]
+) -> tuple[list[list[Candidate]], dict[str, Call]]:
+    """Candidates that need one proof, because they differ in nothing but their weights and the values that they
+    are called with; and the arguments of one block and attention of each such group, as they were before the call.
+    """
+    alike = {}
+    for candidate in candidates:
+        inside = tuple(tuple(replace(_inside(pair), name="") for pair in choice) for choice in candidate.choices)
+        alike[id(candidate)] = (_facts(model.get_submodule(candidate.block)), inside)
+    watched: dict[str, Any] = {}
+    for candidate in candidates:
+        for name in (candidate.block, attention_of(model, candidate.choices[0][0])):
+            watched[name] = (alike[id(candidate)], name == candidate.block)
+    forms: dict[str, Any] = {}
+    seen: set[Any] = set()
     calls: dict[str, Call] = {}
 
-    def remember(block: str) -> Any:
+    def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if block not in calls:
-                calls[block] = copy.deepcopy((args, kwargs))
+            if name in forms:
+                return
+            leaves, tree = pytree.tree_flatten((args, kwargs))
+            form = repr((tree, [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]))
+            forms[name] = form
+            if (watched[name], form) not in seen:  # one copy is enough
+                seen.add((watched[name], form))
+                calls[name] = copy.deepcopy((args, kwargs))
 
         return hook
 
-    handles = [model.get_submodule(b).register_forward_pre_hook(remember(b), with_kwargs=True) for b in blocks]
+    handles = [model.get_submodule(n).register_forward_pre_hook(remember(n), with_kwargs=True) for n in watched]
     try:
         run_once(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    groups: dict[Any, list[Candidate]] = {}
+    for candidate in candidates:
+        block, attention = candidate.block, attention_of(model, candidate.choices[0][0])
+        groups.setdefault((alike[id(candidate)], forms.get(block), forms.get(attention)), []).append(candidate)
+    return list(groups.values()), calls
 
 
 def _inside(pair: Pair) -> Pair:

@@ -93,8 +93,12 @@ class PathpruneLoader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         slicing.shape_modules(model, _below(model, self.quantization_config.record))
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        return []  # sliced models are saved under the names of their own modules, see `attach_record`
+
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         model.config.quantization_config = self.quantization_config
+        model._weight_conversions = []
         model.is_quantized = False
         for flag in ("hf_quantizer", "quantization_method"):
             if hasattr(model, flag):
@@ -111,6 +115,8 @@ class PathpruneLoader(HfQuantizer):
 def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -> None:
     """Write a shape record into a sliced model's configuration."""
     model.config.quantization_config = PathpruneConfig(record, selection.to_dict())
+    # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
+    model._weight_conversions = []
 
 
 def save_model(

@@ -16,6 +16,7 @@ own order. The prefix of the order is the family: nested, and rectangular at eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -99,7 +100,8 @@ class _Walk:
     def __init__(self, members: list[Pair], ranking: Mapping[str, Floats], unit: Unit, multiple: int) -> None:
         self.members = members
         self.score = {pair.name: np.asarray(ranking[pair.name], dtype=np.float64) for pair in members}
-        self.multiple = multiple
+        # Grouped kernels want rows of experts' weights that are multiples of 16 bytes.
+        self.multiple = math.lcm(multiple, 8) if members[0].stacked else multiple
         self.unit: Unit = "dim" if members[0].stacked else unit  # experts choose their own neurons, none leaves alone
         self.leaves = {pair.name: np.full(pair.shape, -1, dtype=np.int64) for pair in members}
         self.value: list[float] = []
