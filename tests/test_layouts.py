@@ -42,6 +42,16 @@ def test_fused_gate_and_up_share_the_axis_out(layout: Any, width: int) -> None:
 
 
 @given(small, small, small)
+def test_queries_and_gates_in_turns_share_the_axis_out(groups: int, repeat: int, width: int) -> None:
+    query, gate = (
+        Slot("q", "out", 5, repeat, start=i, total=2 * repeat, layout="turns").index(groups, width) for i in (0, 1)
+    )
+    heads = np.arange(2 * groups * repeat * width).reshape(groups, repeat, 2, width)
+    np.testing.assert_array_equal(query, heads[:, :, 0])
+    np.testing.assert_array_equal(gate, heads[:, :, 1])
+
+
+@given(small, small, small)
 def test_unequal_parts_of_heads_share_the_axis_out(groups: int, key: int, value: int) -> None:
     k, v = (Slot("kv_b", "out", 5, start=s, total=key + value, layout="rows") for s in (0, key))
     places = np.concatenate([k.index(groups, key).ravel(), v.index(groups, value).ravel()])

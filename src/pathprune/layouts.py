@@ -146,7 +146,8 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
     last = [features(_map(model, m))[1] for m in maps]
     width = head_width(module)
     if kinds == "separate":
-        wanted = {last[2] * last[0] // max(last[1], 1)}
+        whole = last[2] * last[0] // max(last[1], 1)
+        wanted = {whole, whole // 2}  # or half of it, where each head's query is followed by a gate
     elif kinds == "half":
         wanted = {first}
     else:
@@ -166,10 +167,21 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
     block = _common([*maps, output])
     if kinds == "separate":
         q, k, v = last
-        groups, repeat = k // width, q // max(k, 1)
-        if k % width or q != repeat * k or not groups or v % groups or out_in != repeat * v:
+        gated = 2 * out_in == whole
+        groups, repeat = k // width, q // max(k, 1) // (2 if gated else 1)
+        if (
+            k % width
+            or q != repeat * k * (2 if gated else 1)
+            or not groups
+            or v % groups
+            or out_in != repeat * v
+            or (gated and v != k)
+        ):
             raise _Misfit(f"widths do not meet: query {q}, key {k}, value {v}, output {out_in}, head {width}")
         slots = [_slot(model, maps[0], repeat), _slot(model, maps[1]), _slot(model, maps[2])]
+        if gated:  # the gate's units are the values'
+            slots[0] = replace(slots[0], layout="turns", total=2 * repeat)
+            slots.append(replace(slots[0], start=1))
         return Candidate(block, (_two(block, groups, width, v // groups, slots, _slot(model, output, repeat, "in")),))
     total, groups = last[-1] // width, 0
     if kinds == "half":
@@ -235,7 +247,7 @@ def _inputs(model: nn.Module, name: str) -> tuple[list[str], str]:
 def _two(block: str, groups: int, qk: int, vo: int, slots: list[Slot], output: Slot) -> tuple[Pair, ...]:
     return (
         Pair(f"{block}.qk".lstrip("."), "qk", block, groups, qk, (slots[0], slots[1])),
-        Pair(f"{block}.vo".lstrip("."), "vo", block, groups, vo, (slots[2], output)),
+        Pair(f"{block}.vo".lstrip("."), "vo", block, groups, vo, (*slots[2:], output)),
     )
 
 

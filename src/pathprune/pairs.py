@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 Kind = Literal["qk", "vo", "mlp"]
 Side = Literal["out", "in"]
-Layout = Literal["blocks", "heads", "dims", "rows"]
+Layout = Literal["blocks", "heads", "turns", "dims", "rows"]
 Rotary = Literal["", "halves", "neighbours"]
 
 Ints = npt.NDArray[np.int64]
@@ -40,6 +40,7 @@ class Slot:
     ======== ================================================= =======================================
     blocks   one block a map, each (group, head, dimension)     (start G + g repeat + r) D + d
     heads    (group, head of any map, dimension)                (g total + start + r) D + d
+    turns    (group, head, map, dimension)                      ((g repeat + r) total / repeat + start) D + d
     dims     (group, head, dimension, map)                      ((g repeat + r) D + d) total + start
     rows     heads of unequal parts; in dimensions, not heads   g total + start + d
     ======== ================================================= =======================================
@@ -96,6 +97,8 @@ class Slot:
             return (self.start * groups + g * self.repeat + r) * width + d
         if self.layout == "heads":
             return (g * self.total + self.start + r) * width + d
+        if self.layout == "turns":
+            return ((g * self.repeat + r) * (self.total // self.repeat) + self.start) * width + d
         if self.layout == "dims":
             return ((g * self.repeat + r) * width + d) * self.total + self.start
         return g * self.total + self.start + d + 0 * r

@@ -59,8 +59,7 @@ class Bench:
         self.call = pytree.tree_map(lambda x: x.double() if _floating(x) else x, call)
 
     def run(self, module: nn.Module) -> Any:
-        # Some layers write into what they are given.
-        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.call)
+        args, kwargs = copy.deepcopy(self.call)  # layers may write into what they are given, a cache for one
         with Float64():
             return module(*args, **kwargs)
 
@@ -164,7 +163,7 @@ def _forms(held: list[Pair], expected: int, columns: int) -> Iterator[list[Pair]
             yield [replace(held[0], narrow=True, fewer=True)]
         yield held
         return
-    if len(held) == expected and not any(slot.layout == "rows" for pair in held for slot in pair.slots):
+    if len(held) == expected and not any(slot.layout in ("rows", "turns") for pair in held for slot in pair.slots):
         width = held[0].width
         rotary = [pair for pair in held if pair.rotary]
         narrow = free and all(pair.width == width for pair in held) and (not rotary or columns in (width, width // 2))
