@@ -103,7 +103,7 @@ class _Maker:
         tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = tensor.device, tensor.dtype
         self.generator = torch.Generator().manual_seed(0)
-        self.side, self.words, self.masked = SIDE, WORDS, True
+        self.side, self.words, self.masked, self.bins = SIDE, WORDS, True, 80
 
     def entry(self, *names: str, near: str = "", default: Any = None) -> Any:
         """The first of these configuration entries that has a value; towers whose name holds ``near`` come first."""
@@ -136,8 +136,8 @@ class _Maker:
             everything += [(picture, None) for picture in pictures] + [(None, recording) for recording in recordings]
         if (pictures or recordings) and "input_ids" in names:
             everything.append((None, None))
-        masks = (True, False) if recordings else (True,)
-        for (self.side, self.words), self.masked in product(((SIDE, WORDS), (224, 64)), masks):
+        masks, bins = ((True, False), _bins(self)) if recordings else ((True,), [0])
+        for (self.side, self.words), self.masked, self.bins in product(((SIDE, WORDS), (224, 64)), masks, bins):
             for picture, recording in everything:
                 try:
                     inputs = self.make(picture, recording)
@@ -176,7 +176,8 @@ class _Maker:
             needed = name in self.required or (name == "lang_ids" and self.entry("languages"))
             make = ALWAYS.get(name) or (NEEDED.get(name) if needed else None)
             if make is not None and name not in inputs:
-                inputs[name] = make(self, inputs)
+                value = make(self, inputs)
+                inputs |= {} if value is None else {name: value}
         if "use_cache" in names or hasattr(self.config, "use_cache"):
             inputs["use_cache"] = False
         return inputs
@@ -278,6 +279,7 @@ class _DoesNotApply(Exception):
 
 
 VISION = "vision image visual vit encoder backbone"
+SOUND = "audio speech encoder input"
 
 
 def _two(value: Any) -> tuple[int, int]:
@@ -310,7 +312,7 @@ def _grid_picture(maker: _Maker) -> Inputs:
     if grid_name is None:
         raise _DoesNotApply
     side = maker.merge() * 2
-    patch, time = maker.patch(), maker.entry("temporal_patch_size", near=VISION, default=1)
+    patch, time = maker.patch(), maker.entry("temporal_patch_size", "patch_temporal", near=VISION, default=1)
     flat = maker.channels() * patch * patch * time
     grid = torch.tensor([[1, side, side]] * maker.batch, device=maker.device)
     name = maker.picture_name() or "pixel_values"
@@ -334,6 +336,9 @@ def _patch_row(maker: _Maker) -> Inputs:
     """Pictures as rows of flattened patches: (batch, patches, channels x height x width), with shapes or positions."""
     name = maker.picture_name()
     side, patch = maker.merge() * 2, maker.patch()
+    size = maker.entry("image_size", near=VISION)
+    if size and "spatial_shapes" not in maker.parameters:
+        side = _two(size)[0] // patch
     count = side * side
     flat = maker.channels() * patch * patch
     inputs: Inputs = {}
@@ -392,13 +397,43 @@ def _clip(maker: _Maker) -> Inputs:
     return {name: maker.noise(maker.batch, frames, maker.channels(), *maker.size())}
 
 
-PICTURES = [_grid_picture, _grid_patches, _clip, _picture, _tiles, _pairs_of_pictures, _patch_row]
+def _loose_frames(maker: _Maker) -> Inputs:
+    """The frames of videos one below the other: (batch x frames, channels, height, width)."""
+    frames = maker.entry("num_frames", near=VISION)
+    if not isinstance(frames, int):
+        raise _DoesNotApply
+    return {maker.picture_name() or "pixel_values": maker.noise(maker.batch * frames, maker.channels(), *maker.size())}
 
 
-def _bins(maker: _Maker) -> int:
+def _grid_patches_in_a_batch(maker: _Maker) -> Inputs:
+    """Patches as small pictures of one long sequence: (1, patches, channels, height, width)."""
+    inputs = _grid_patches(maker)
+    name = maker.picture_name() or "pixel_values"
+    return {**inputs, name: inputs[name][None]}
+
+
+PICTURES = [
+    _grid_picture,
+    _grid_patches_in_a_batch,
+    _grid_patches,
+    _clip,
+    _picture,
+    _tiles,
+    _pairs_of_pictures,
+    _patch_row,
+    _loose_frames,
+]
+
+
+def _bins(maker: _Maker) -> list[int]:
+    """Frequencies of a spectrogram: what the configuration or the first map of the sound tower says, or a usual number."""
     names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
-    value = maker.entry(*names, near="audio speech encoder", default=80)
-    return value if isinstance(value, int) else 80
+    found = [maker.entry(*names, near=SOUND)]
+    for name, module in maker.model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d) and any(word in name for word in SOUND.split()):
+            found.append(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+            break
+    return list(dict.fromkeys([n for n in found if isinstance(n, int)] + [128, 80]))
 
 
 def _sound_mask(maker: _Maker, length: int) -> Inputs:
@@ -413,11 +448,11 @@ def _sound_mask(maker: _Maker, length: int) -> Inputs:
 
 def _spectrogram_of_whisper(maker: _Maker) -> Inputs:
     """(batch, mel bins, frames), frames given by the positions of the encoder."""
-    positions = maker.entry("max_source_positions", near="audio encoder")
+    positions = maker.entry("max_source_positions", near=SOUND)
     if "input_features" not in maker.parameters or not isinstance(positions, int):
         raise _DoesNotApply
     return {
-        "input_features": maker.noise(maker.batch, _bins(maker), 2 * positions),
+        "input_features": maker.noise(maker.batch, maker.bins, 2 * positions),
         **_sound_mask(maker, 2 * positions),
     }
 
@@ -431,20 +466,18 @@ def _spectrogram(maker: _Maker) -> Inputs:
         if not (isinstance(length, int) and maker.entry("num_mel_bins")):
             raise _DoesNotApply
         frames = length
-    return {name: maker.noise(maker.batch, frames, _bins(maker)), **_sound_mask(maker, frames)}
+    return {name: maker.noise(maker.batch, frames, maker.bins), **_sound_mask(maker, frames)}
 
 
 def _spectrogram_picture(maker: _Maker) -> Inputs:
     """(batch, 1, frames, mel bins)."""
     if "input_features" not in maker.parameters:
         raise _DoesNotApply
-    return {"input_features": maker.noise(maker.batch, 1, FRAMES, _bins(maker))}
+    return {"input_features": maker.noise(maker.batch, 1, FRAMES, maker.bins)}
 
 
 def _samples(maker: _Maker) -> int:
-    strides = maker.entry(
-        "conv_stride", "upsampling_ratios", "downsampling_ratios", near="audio encoder", default=(320,)
-    )
+    strides = maker.entry("conv_stride", "upsampling_ratios", "downsampling_ratios", near=SOUND, default=(320,))
     return 16 * math.prod(strides)
 
 
@@ -459,7 +492,7 @@ def _waveform_channels(maker: _Maker) -> Inputs:
     """(batch, channels, samples)."""
     if "input_values" not in maker.parameters:
         raise _DoesNotApply
-    channels = maker.entry("audio_channels", near="audio encoder", default=1)
+    channels = maker.entry("audio_channels", near=SOUND, default=1)
     return {"input_values": maker.noise(maker.batch, channels, _samples(maker))}
 
 
@@ -538,8 +571,26 @@ def _spectral_frames(maker: _Maker, inputs: Inputs) -> Tensor:
     return maker.noise(maker.batch, FRAMES, bins)
 
 
+def _places_of_image(maker: _Maker, inputs: Inputs) -> Tensor | None:
+    """Marks the tokens that a picture's features replace (Kosmos)."""
+    count = maker.entry("latent_query_num")
+    if not any(name in inputs for name in ("pixel_values", "flattened_patches")) or not isinstance(count, int):
+        return None
+    ids = maker.ids(count + maker.words, maker.vocabulary("text"))
+    marks = torch.zeros_like(ids)
+    marks[:, 1 : count + 1] = 1
+    inputs["input_ids"], inputs["attention_mask"] = ids, torch.ones_like(ids)
+    return marks
+
+
+def _seen_images(maker: _Maker, inputs: Inputs) -> Tensor | None:
+    return maker.full(1, *inputs["input_ids"].shape, 1) if "pixel_values" in inputs else None
+
+
 # Made whenever the model has such a parameter.
 ALWAYS: dict[str, Any] = {
+    "image_embeds_position_mask": _places_of_image,
+    "image_attention_mask": _seen_images,
     "bbox": _boxes,
     "visual_feats": lambda maker, inputs: _regions(maker, "visual_feat_dim"),
     "visual_pos": lambda maker, inputs: _regions(maker, "visual_pos_dim"),
