@@ -11,7 +11,7 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Iterator
+import tempfile
 from typing import Any
 
 import torch
@@ -34,16 +34,19 @@ WIDTH, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH, NEURONS, LAYERS = 64, 4, 2, 16, 96, 2
 RULES: list[tuple[str, int | None]] = [
     (r".*vocab_size.*|num_embeddings|.*_hash_byte_group_vocab|num_(bpe|wordpiece|character)_labels", VOCABULARY),
     (r".*max_(\w*_)?position(_embedding)?s|n_positions|max_sequence_length|n_ctx|max_seq_len|.*max_length", 512),
-    (r"max_(source|target|speech|text)_positions|pos_emb_(height|width)", 64),
+    (r"max_(source|target|speech|text)_positions|pos_emb_(height|width)|position_embedding_size", 64),
     (r"num_(local_|routed_|total_)?experts|(n|moe)_(num_|routed_)*experts|num_experts|zero_expert_num", 4),
     (r"(moe_)?(num_experts_per_tok(en)?|top_?k|k|topk)|moe_topk", 2),
     (r"n_group|topk_group|num_expert_group", 1),
     (r"num_(key_value|kv)_heads|\w+_num_key_value_heads|num_key_value_attention_heads", KEY_VALUE_HEADS),
     (r"conv_dim|num_feat_extract_layers|num_attention_heads_per_layer|patch_embed_hidden_size", None),
+    (r"mm_tokens_per_image", 4),
     (r"num_queries|two_stage_num_proposals|num_latents|num_denoising", 8),
     (r"attention_hidden_size|hidden_size_global_x", 2 * WIDTH),
     (r"n_groups|mamba_n_?groups", 2),
-    (r"base_channels|num_filters", 8),
+    (r"(mamba_)?chunk_size", 8),
+    (r"num_filters", 8),
+    (r"base_channels", 32),
     (r"upsample_initial_channel", 64),
     (
         r"n_heads?|num_heads|.*num_attention_heads|(\w+_)?attention_heads|num_head|encoder_heads|decoder_heads"
@@ -89,6 +92,9 @@ RESNET = {
     "out_indices": [1, 2, 3, 4],
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MAPS = [[16, 16], [8, 8], [4, 4]]
+SWIN = {"window_size": 2, "embed_dim": 32, "num_heads": (2, 4, 8, 16)}
+TOWERS = {"vision_config": {}, "audio_config": {}}  # left out by default
 FORECAST = {"prediction_length": 8, "context_length": 16}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -114,9 +120,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
         },
     },
-    "blip-2": {"image_token_index": 150},
-    "instructblip": {"image_token_index": 150},
-    "instructblipvideo": {"video_token_index": 150},
+    "swin2sr": {"window_size": 2},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64]},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [64, 64]},
+    "voxtral_encoder": {"intermediate_size": 256},
+    "mllama_vision_model": {"vision_output_dim": 128},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "gemma4": TOWERS,
+    "gemma4_unified": TOWERS,
+    "align": {"projection_dim": 80},
+    "emu3_vqgan": {"hidden_size": 128},
+    "tvp": {
+        "backbone_config": {**RESNET, "out_indices": [4]},
+        "max_img_size": 64,
+        "visual_prompt_size": 8,
+        "num_frames": 2,
+    },
+    "sam_vision_model": {"num_pos_feats": 32},
+    "sam_hq_vision_model": {"num_pos_feats": 32},
+    "sam_hq_mask_decoder": {"vit_dim": 64},
+    "sam2_vision_model": {"backbone_feature_sizes": MAPS},
+    "sam3_vision_model": {"backbone_feature_sizes": MAPS},
+    "zoedepth": {"bottleneck_features": 64},
+    "cvt": {"depth": (1, 2, 3)},
+    "sam2_hiera_det_model": {"global_attention_blocks": [4, 6]},
+    "glmasr_encoder": {"intermediate_size": 256},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "layoutlmv2": {"coordinate_size": 8, "shape_size": 16},
     "mistral4": {"head_dim": 32},
@@ -160,7 +189,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "lw_detr": {"projector_scale_factors": [1.0]},
-    "florence_vision": {"embed_dim": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "num_groups": (1, 2, 4, 8)},
+    "florence_vision": {
+        "projection_dim": 64,
+        "embed_dim": (16, 32, 64, 128),
+        "num_heads": (1, 2, 4, 8),
+        "num_groups": (1, 2, 4, 8),
+    },
     "muse_spark_audio": {"hidden_sizes": (16, 32, 48, 64)},
     "pp_ocrv5_server_det": {"kernel_list": [3, 2, 2]},
     "pp_ocrv6_medium_det": {"kernel_list": [3, 2, 2]},
@@ -171,7 +205,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         {"backbone_config": RESNET},
     ),
     "upernet": {"backbone_config": RESNET},
-    **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin", "swin2sr"), {"window_size": 2}),
+    **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin"), SWIN),
 }
 
 
@@ -268,6 +302,8 @@ def shrunk(
                 small[key] = type(value)(min(v, LAYERS) for v in value)
             elif key == "decoder_in_channels" and widths:
                 small[key] = type(value)(WIDTH for _ in value)
+        elif value is None and key in PLACEHOLDERS:
+            small[key] = PLACEHOLDERS[key]
         elif key in COEFFICIENTS:
             small[key] = min(value, COEFFICIENTS[key])
     heads = entries.get("num_attention_heads")
@@ -279,6 +315,7 @@ def shrunk(
     small |= _by_layer(entries, small)
     small |= _outputs(config, small, pyramid)
     small |= _pictures(entries)
+    small |= _tiles(config)
     if widths:
         small |= _rotary(config, entries)
     # What the class sets by itself is left to it: it may follow from other entries.
@@ -288,6 +325,9 @@ def shrunk(
         for key, value in small.items()
         if value != default.get(key, MISSING) and not (key in DERIVED or value == entries.get(key) == default.get(key))
     }
+    for key, sub_class in type(config).sub_configs.items():
+        if entries.get(key) is None and own.get(key) == {}:
+            own = own | {key: shrunk(sub_class(), special, widths, {}) | {"model_type": sub_class.model_type}}
     for key, value in own.items():
         if not (
             isinstance(entries.get(key), PretrainedConfig) and isinstance(value, dict) and "model_type" not in value
@@ -299,6 +339,12 @@ def shrunk(
 MISSING = object()
 TOKENS = ("_token_id", "_token_ids", "_tokens", "_token_index")
 DERIVED = ("num_labels", "id2label", "label2id", "model_type", "transformers_version", "stage_names", "dtype")
+# Placeholder tokens that a configuration leaves open.
+PLACEHOLDERS = {
+    f"{kind}_token_{name}": VOCABULARY - 8 + i
+    for i, kind in enumerate(("image", "video", "audio"))
+    for name in ("id", "index")
+}
 STAGE_DEPTHS = ("depths", "depth", "blocks_per_stage", "num_block_repeats")
 COEFFICIENTS = {"width_coefficient": 0.25, "depth_coefficient": 0.1}
 PYRAMIDS = (
@@ -385,6 +431,15 @@ def _by_layer(entries: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
     return {depth: len(chosen), **{key: type(value)(value[i] for i in chosen) for key, value in lists.items()}}
 
 
+def _tiles(config: PretrainedConfig) -> dict[str, Any]:
+    """Resolutions that a picture may be cut to: one by two and two by one times the small picture."""
+    vision = getattr(config, "vision_config", None)
+    if not hasattr(config, "image_grid_pinpoints") or vision is None:
+        return {}
+    side = _pictures(vars(vision)).get("image_size", 64)
+    return {"image_grid_pinpoints": [[side, 2 * side], [2 * side, side]]}
+
+
 def _pictures(entries: dict[str, Any]) -> dict[str, Any]:
     """Pictures of four by four patches, or of 64 pixels where patches are small."""
     patch, size = entries.get("patch_size"), entries.get("image_size")
@@ -458,3 +513,13 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dty
     if dtype == torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
     return model
+
+
+def reloaded(model: Any) -> Any:
+    """The model saved and loaded: what ``transformers`` does not save, it has computed anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=model.dtype).eval()
+    if model.dtype == torch.float64 and again._can_set_experts_implementation():
+        again.set_experts_implementation("eager")
+    return again
