@@ -91,6 +91,7 @@ RESNET = {
     "depths": [1, 1, 1, 1],
     "out_indices": [1, 2, 3, 4],
 }
+ON_RESNET = {"backbone_config": RESNET}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MAPS = [[16, 16], [8, 8], [4, 4]]
 SWIN = {"window_size": 2, "embed_dim": 32, "num_heads": (2, 4, 8, 16)}
@@ -181,9 +182,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": EXPERTS,
     "depth_pro": {
         "patch_size": 32,
-        **dict.fromkeys(
-            ("image_model_config", "patch_model_config", "fov_model_config"), {"image_size": 32, "patch_size": 16}
-        ),
+        "image_model_config": {"image_size": 32, "patch_size": 16},
+        "patch_model_config": {"image_size": 32, "patch_size": 16},
+        "fov_model_config": {"image_size": 32, "patch_size": 16},
     },
     "t5gemma2_text": {"dropout_rate": 0.0},
     "t5gemma2_decoder": {"dropout_rate": 0.0},
@@ -201,10 +202,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 100}, "image_token_id": 100},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
     **dict.fromkeys(
-        ("detr", "conditional_detr", "dab-detr", "table-transformer", "deformable_detr", "omdet-turbo"),
-        {"backbone_config": RESNET},
+        ("detr", "conditional_detr", "dab-detr", "table-transformer", "deformable_detr", "omdet-turbo", "upernet"),
+        ON_RESNET,
     ),
-    "upernet": {"backbone_config": RESNET},
     **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin"), SWIN),
 }
 
@@ -376,9 +376,9 @@ def _outputs(config: PretrainedConfig, small: dict[str, Any], pyramid: bool) -> 
     if depth is not None and not pyramid:
         layers = changed.get(depth, small.get(depth, LAYERS))
         for key, value in vars(config).items():
-            if INDICES.fullmatch(key) and not key.startswith("_") and key not in changed:
-                if isinstance(value, list | tuple) and value and all(isinstance(v, int) and v >= 0 for v in value):
-                    changed[key] = type(value)([v for v in value if v < layers] or [layers - 1])
+            named = INDICES.fullmatch(key) and not key.startswith("_") and isinstance(value, list | tuple)
+            if named and value and key not in changed and all(isinstance(v, int) and v >= 0 for v in value):
+                changed[key] = type(value)([v for v in value if v < layers] or [layers - 1])
     return changed
 
 

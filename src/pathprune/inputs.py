@@ -516,7 +516,7 @@ PICTURES = [
 
 
 def _bins(maker: _Maker) -> list[int]:
-    """Frequencies of a spectrogram: what the configuration or the first map of the sound tower says, or a usual number."""
+    """Frequencies of a spectrogram: what the configuration or the sound tower's first map says, or a usual number."""
     names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
     found = [maker.entry(*names, near=SOUND)]
     if stacked := maker.entry("num_stacked_frames", near=SOUND):
