@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
@@ -56,12 +57,21 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for inputs in _Maker(model, batch).candidates():
+        tried = set()
+        maker = _Maker(model, batch)
+        for inputs in maker.candidates():
+            shapes = tuple(
+                (name, value.shape if isinstance(value, Tensor) else value) for name, value in inputs.items()
+            )
+            if shapes in tried:
+                continue
+            tried.add(shapes)
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     model(**inputs)
             except Exception as error:
                 first = first or error
+                maker.heed(error)
                 continue
             return inputs
     finally:
@@ -103,7 +113,10 @@ class _Maker:
         tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = tensor.device, tensor.dtype
         self.generator = torch.Generator().manual_seed(0)
-        self.side, self.words, self.masked = SIDE, WORDS, True
+        self.side, self.words, self.masked, self.bins, self.with_text = SIDE, WORDS, True, 80, True
+        self.told: dict[str, int] = {}
+        self.codebooks: str | None = None
+        self.extra: str | None = None
 
     def entry(self, *names: str, near: str = "", default: Any = None) -> Any:
         """The first of these configuration entries that has a value; towers whose name holds ``near`` come first."""
@@ -126,24 +139,30 @@ class _Maker:
         if self.config is None or not hasattr(self.config, "to_dict"):
             yield from self.plain_vision()
             return
-        names = self.parameters
         pictures: list[Any] = PICTURES if self.picture_name() else []
-        sounds = [name for name in ("input_features", "input_values") if name in names]
-        recordings: list[Any] = RECORDINGS if sounds else []
-        nothing: list[Any] = [None]
-        everything: list[tuple[Any, Any]] = list(product(pictures or nothing, recordings or nothing))
+        recordings: list[Any] = RECORDINGS if {"input_features", "input_values"} & self.parameters.keys() else []
+        # Everything that the model can read; then without one kind of it; then text alone.
+        stages: list[list[tuple[Any, Any]]] = [list(product(pictures or [None], recordings or [None]))]
         if pictures and recordings:
-            everything += [(picture, None) for picture in pictures] + [(None, recording) for recording in recordings]
-        if (pictures or recordings) and "input_ids" in names:
-            everything.append((None, None))
-        masks = (True, False) if recordings else (True,)
-        for (self.side, self.words), self.masked in product(((SIDE, WORDS), (224, 64)), masks):
-            for picture, recording in everything:
-                try:
-                    inputs = self.make(picture, recording)
-                except _DoesNotApply:
-                    continue
-                yield inputs
+            stages.append([(picture, None) for picture in pictures] + [(None, recording) for recording in recordings])
+        if (pictures or recordings) and "input_ids" in self.parameters:
+            stages.append([(None, None)])
+        main = getattr(self.model, "main_input_name", "input_ids")
+        texts = (True, False) if main != "input_ids" and "input_ids" not in self.required else (True,)
+        masks, bins = ((True, False), _bins(self)) if recordings else ((True,), [0])
+        words = [None] + (["last", "batch"] if self.books() else [])
+        extra = [None, *(name for name in ("encoder_hidden_states", "inputs_embeds") if name in self.parameters)]
+        for stage, self.with_text, self.extra, self.codebooks in product(stages, texts, extra, words):
+            for (self.side, self.words), self.masked, self.bins in product(((SIDE, WORDS), (224, 64)), masks, bins):
+                for picture, recording in stage:
+                    try:
+                        inputs = self.make(picture, recording)
+                    except _DoesNotApply:
+                        continue
+                    yield inputs
+                    if self.told:
+                        yield self.make(picture, recording)
+                        self.told = {}
 
     def plain_vision(self) -> Iterator[Inputs]:
         """Pictures for a model without a configuration of ``transformers``."""
@@ -167,21 +186,33 @@ class _Maker:
         for name, maker in OTHERS.items():
             if name in names:
                 inputs |= {key: value for key, value in maker(self).items() if key in names}
-        if "input_ids" in names:
+        if "input_ids" in names and (self.with_text or not inputs):
             inputs |= self.text(inputs)
         if "decoder_input_ids" in names:
             near = "decoder text generator"
-            inputs["decoder_input_ids"] = self.ids(self.words, self.vocabulary(near))
+            inputs["decoder_input_ids"] = self.ids(self.words, self.vocabulary(near), self.codebooks)
         for name in self.parameters:
             needed = name in self.required or (name == "lang_ids" and self.entry("languages"))
             make = ALWAYS.get(name) or (NEEDED.get(name) if needed else None)
             if make is not None and name not in inputs:
-                inputs[name] = make(self, inputs)
+                value = make(self, inputs)
+                inputs |= {} if value is None else {name: value}
+        if self.extra == "encoder_hidden_states" and self.extra not in inputs:
+            inputs[self.extra] = _remembered(self, inputs)
+        if self.extra == "inputs_embeds" and inputs.pop("input_ids", None) is not None:
+            inputs[self.extra] = _embedded(self, inputs)
         if "use_cache" in names or hasattr(self.config, "use_cache"):
             inputs["use_cache"] = False
         return inputs
 
     # Text.
+
+    def books(self) -> int:
+        """Codebooks of a model that reads several tokens at a time; 0 for others."""
+        number = self.entry("num_codebooks", near="decoder")
+        if number is None and not self.picture_name():
+            number = self.entry("num_channels", near="decoder")
+        return number if isinstance(number, int) else 0
 
     def vocabulary(self, near: str = "") -> int:
         size = self.entry("vocab_size", near=near)
@@ -190,8 +221,12 @@ class _Maker:
             size = next(tables, 32)
         return size
 
-    def ids(self, length: int, vocabulary: int) -> Tensor:
-        """Seven ordinary words in turn, (batch, length): from the middle of the vocabulary, no special tokens."""
+    def ids(self, length: int, vocabulary: int, codebooks: str | None = None) -> Tensor:
+        """Seven ordinary words in turn: from the middle of the vocabulary, no special tokens.
+
+        Returns:
+            (batch, length); with codebooks, (batch, length, books) or (batch x books, length).
+        """
         special = set()
         for _, tower in self.towers:
             for key, value in vars(tower).items():
@@ -199,10 +234,15 @@ class _Maker:
                     special |= set(value) if isinstance(value, list | tuple) else {value}
         middle = [i % vocabulary for i in range(vocabulary // 2, vocabulary // 2 + vocabulary)]
         words = [i for i in middle if i not in special][:7] or [0]
-        rows = torch.arange(self.batch * length, device=self.device).reshape(self.batch, length)
+        shape: tuple[int, ...] = (self.batch, length)
+        if codebooks:
+            shape = (*shape, self.books()) if codebooks == "last" else (self.batch * self.books(), length)
+        rows = torch.arange(math.prod(shape), device=self.device).reshape(shape)
         return torch.tensor(words, device=self.device)[rows % len(words)]
 
     def text(self, others: Inputs) -> Inputs:
+        if self.codebooks and "decoder_input_ids" not in self.parameters:
+            return {"input_ids": self.ids(self.words, self.vocabulary("text decoder"), self.codebooks)}
         ids = self.ids(self.words, self.vocabulary("text decoder"))
         mask = torch.ones_like(ids)
         types = torch.zeros_like(ids)
@@ -228,10 +268,10 @@ class _Maker:
         keys = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features input_values"}
         if not any(key in inputs for key in keys[kind].split()):
             return 0
-        for owner in (self.model, getattr(self.model, "model", None)):
-            method = getattr(owner, f"get_{kind}_features", None)
-            if method is None:
-                continue
+        if kind in self.told:
+            return self.told[kind]
+        methods = [getattr(module, f"get_{kind}_features", None) for module in self.model.modules()]
+        for method in filter(None, methods):
             accepted = inspect.signature(method).parameters
             try:
                 with torch.no_grad():
@@ -241,7 +281,12 @@ class _Maker:
             if count := _rows(found):
                 return count // self.batch
         known = self.entry("mm_tokens_per_image", "image_seq_length", "num_image_tokens", "num_query_tokens")
-        return known if isinstance(known, int) else 0
+        return known if isinstance(known, int) else 1
+
+    def heed(self, error: Exception) -> None:
+        """Models of transformers say how many placeholders they want."""
+        if found := re.match(r"(image|video|audio) features and .* do not match.*features:? (\d+)", str(error), re.I):
+            self.told[found[1].lower()] = int(found[2]) // self.batch
 
     # Pictures.
 
@@ -256,7 +301,7 @@ class _Maker:
         return value if isinstance(value, int) else 3
 
     def size(self) -> tuple[int, int]:
-        size = self.entry("image_size", "img_size", "spec_size", near=VISION)
+        size = self.entry("image_size", "img_size", "spec_size", "input_size", "max_img_size", near=VISION)
         if isinstance(size, int) and not size:
             size = None
         return _two(size if isinstance(size, int | list | tuple) else self.side)
@@ -268,7 +313,13 @@ class _Maker:
     def merge(self) -> int:
         """Patches along a side that become one token."""
         value = self.entry(
-            "spatial_merge_size", "merge_size", "downsample_factor", "scale_factor", "merge_kernel_size", near=VISION
+            "spatial_merge_size",
+            "merge_size",
+            "downsample_factor",
+            "scale_factor",
+            "merge_kernel_size",
+            "pooling_kernel_size",
+            near=VISION,
         )
         return max(_two(value)) if isinstance(value, int | list | tuple) else 1
 
@@ -278,6 +329,7 @@ class _DoesNotApply(Exception):
 
 
 VISION = "vision image visual vit encoder backbone"
+SOUND = "audio speech encoder input"
 
 
 def _two(value: Any) -> tuple[int, int]:
@@ -310,16 +362,24 @@ def _grid_picture(maker: _Maker) -> Inputs:
     if grid_name is None:
         raise _DoesNotApply
     side = maker.merge() * 2
-    patch, time = maker.patch(), maker.entry("temporal_patch_size", near=VISION, default=1)
+    patch, time = maker.patch(), maker.entry("temporal_patch_size", "patch_temporal", near=VISION, default=1)
     flat = maker.channels() * patch * patch * time
     grid = torch.tensor([[1, side, side]] * maker.batch, device=maker.device)
     name = maker.picture_name() or "pixel_values"
     inputs = {name: maker.noise(maker.batch * side * side, flat), grid_name: grid}
     if name == "hidden_states" and "embed_dim" in maker.required:
         raise _DoesNotApply
-    if "merge_sizes" in maker.parameters:
-        inputs["merge_sizes"] = maker.full(maker.merge(), maker.batch)
+    for merges in ("merge_sizes", "image_merge_sizes"):
+        if merges in maker.parameters:
+            inputs[merges] = maker.full(maker.merge(), maker.batch)
     return inputs
+
+
+def _grid_picture_each(maker: _Maker) -> Inputs:
+    """The same, picture by picture: (batch, patches, channels x height x width)."""
+    inputs = _grid_picture(maker)
+    name = maker.picture_name() or "pixel_values"
+    return {**inputs, name: inputs[name].unflatten(0, (maker.batch, -1))}
 
 
 def _grid_patches(maker: _Maker) -> Inputs:
@@ -334,6 +394,9 @@ def _patch_row(maker: _Maker) -> Inputs:
     """Pictures as rows of flattened patches: (batch, patches, channels x height x width), with shapes or positions."""
     name = maker.picture_name()
     side, patch = maker.merge() * 2, maker.patch()
+    size = maker.entry("image_size", near=VISION)
+    if size and "spatial_shapes" not in maker.parameters:
+        side = _two(size)[0] // patch
     count = side * side
     flat = maker.channels() * patch * patch
     inputs: Inputs = {}
@@ -357,7 +420,10 @@ def _tiles(maker: _Maker) -> Inputs:
     number = 1
     if "image_sizes" in maker.parameters:
         inputs["image_sizes"] = _sizes(maker)
-        number = 2 if maker.entry("image_grid_pinpoints") else 1
+        # A picture is cut into tiles of the least grid that it fits, and comes once more as a whole.
+        grids = [rows * columns for rows, columns in maker.entry("image_grid_pinpoints", default=[])]
+        area = inputs["image_sizes"][0].prod().item()
+        number = min((grid for grid in grids if grid > area), default=area) // area + 1 if grids else 1
     shape = (maker.channels(), *maker.size())
     name = maker.picture_name() or "pixel_values"
     if "aspect_ratio_ids" in maker.parameters:
@@ -370,6 +436,27 @@ def _tiles(maker: _Maker) -> Inputs:
     return {name: maker.noise(maker.batch, number, *shape), **inputs}
 
 
+def _masked_tiles(maker: _Maker) -> Inputs:
+    """The same, with a mask over the pictures of a sequence."""
+    if "pixel_attention_mask" not in maker.parameters:
+        raise _DoesNotApply
+    inputs = _tiles(maker)
+    return {
+        **inputs,
+        "pixel_attention_mask": maker.full(1, *inputs[maker.picture_name() or "pixel_values"].shape[:2]).bool(),
+    }
+
+
+def _strip(maker: _Maker) -> Inputs:
+    """Patches of all pictures in one strip: (1, channels, patch, patches x patch), with the grids."""
+    if "target_sizes" not in maker.parameters:
+        raise _DoesNotApply
+    patch = maker.patch()
+    name = maker.picture_name() or "pixel_values"
+    grids = torch.full((maker.batch, 2), GRID, device=maker.device)
+    return {name: maker.noise(1, maker.channels(), patch, maker.batch * GRID**2 * patch), "target_sizes": grids}
+
+
 def _pairs_of_pictures(maker: _Maker) -> Inputs:
     """Two pictures to match: (batch, 2, channels, height, width)."""
     return {maker.picture_name() or "pixel_values": maker.noise(maker.batch, 2, maker.channels(), *maker.size())}
@@ -377,10 +464,14 @@ def _pairs_of_pictures(maker: _Maker) -> Inputs:
 
 def _picture(maker: _Maker) -> Inputs:
     """One picture: (batch, channels, height, width)."""
-    inputs = {maker.picture_name() or "pixel_values": maker.noise(maker.batch, maker.channels(), *maker.size())}
-    if "image_sizes" in maker.parameters:
-        inputs["image_sizes"] = _sizes(maker)
-    return inputs
+    return {maker.picture_name() or "pixel_values": maker.noise(maker.batch, maker.channels(), *maker.size())}
+
+
+def _picture_with_size(maker: _Maker) -> Inputs:
+    """The same, and its height and width."""
+    if "image_sizes" not in maker.parameters:
+        raise _DoesNotApply
+    return {**_picture(maker), "image_sizes": _sizes(maker)}
 
 
 def _clip(maker: _Maker) -> Inputs:
@@ -392,13 +483,49 @@ def _clip(maker: _Maker) -> Inputs:
     return {name: maker.noise(maker.batch, frames, maker.channels(), *maker.size())}
 
 
-PICTURES = [_grid_picture, _grid_patches, _clip, _picture, _tiles, _pairs_of_pictures, _patch_row]
+def _loose_frames(maker: _Maker) -> Inputs:
+    """The frames of videos one below the other: (batch x frames, channels, height, width)."""
+    frames = maker.entry("num_frames", near=VISION)
+    if not isinstance(frames, int):
+        raise _DoesNotApply
+    return {maker.picture_name() or "pixel_values": maker.noise(maker.batch * frames, maker.channels(), *maker.size())}
 
 
-def _bins(maker: _Maker) -> int:
+def _grid_patches_in_a_batch(maker: _Maker) -> Inputs:
+    """Patches as small pictures of one long sequence: (1, patches, channels, height, width)."""
+    inputs = _grid_patches(maker)
+    name = maker.picture_name() or "pixel_values"
+    return {**inputs, name: inputs[name][None]}
+
+
+PICTURES = [
+    _grid_picture,
+    _grid_picture_each,
+    _grid_patches_in_a_batch,
+    _grid_patches,
+    _clip,
+    _picture,
+    _picture_with_size,
+    _tiles,
+    _masked_tiles,
+    _strip,
+    _pairs_of_pictures,
+    _patch_row,
+    _loose_frames,
+]
+
+
+def _bins(maker: _Maker) -> list[int]:
+    """Frequencies of a spectrogram: what the configuration or the sound tower's first map says, or a usual number."""
     names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
-    value = maker.entry(*names, near="audio speech encoder", default=80)
-    return value if isinstance(value, int) else 80
+    found = [maker.entry(*names, near=SOUND)]
+    if stacked := maker.entry("num_stacked_frames", near=SOUND):
+        found.insert(0, found[0] * stacked)
+    for name, module in maker.model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d) and any(word in name for word in SOUND.split()):
+            found.append(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+            break
+    return list(dict.fromkeys([n for n in found if isinstance(n, int)] + [128, 80]))
 
 
 def _sound_mask(maker: _Maker, length: int) -> Inputs:
@@ -413,11 +540,11 @@ def _sound_mask(maker: _Maker, length: int) -> Inputs:
 
 def _spectrogram_of_whisper(maker: _Maker) -> Inputs:
     """(batch, mel bins, frames), frames given by the positions of the encoder."""
-    positions = maker.entry("max_source_positions", near="audio encoder")
+    positions = maker.entry("max_source_positions", near=SOUND)
     if "input_features" not in maker.parameters or not isinstance(positions, int):
         raise _DoesNotApply
     return {
-        "input_features": maker.noise(maker.batch, _bins(maker), 2 * positions),
+        "input_features": maker.noise(maker.batch, maker.bins, 2 * positions),
         **_sound_mask(maker, 2 * positions),
     }
 
@@ -431,20 +558,26 @@ def _spectrogram(maker: _Maker) -> Inputs:
         if not (isinstance(length, int) and maker.entry("num_mel_bins")):
             raise _DoesNotApply
         frames = length
-    return {name: maker.noise(maker.batch, frames, _bins(maker)), **_sound_mask(maker, frames)}
+    return {name: maker.noise(maker.batch, frames, maker.bins), **_sound_mask(maker, frames)}
+
+
+def _spectrogram_turned(maker: _Maker) -> Inputs:
+    """(batch, mel bins, frames)."""
+    if "input_features" not in maker.parameters:
+        raise _DoesNotApply
+    frames = 2 * maker.entry("n_window", near=SOUND, default=FRAMES // 2)
+    return {"input_features": maker.noise(maker.batch, maker.bins, frames), **_sound_mask(maker, frames)}
 
 
 def _spectrogram_picture(maker: _Maker) -> Inputs:
     """(batch, 1, frames, mel bins)."""
     if "input_features" not in maker.parameters:
         raise _DoesNotApply
-    return {"input_features": maker.noise(maker.batch, 1, FRAMES, _bins(maker))}
+    return {"input_features": maker.noise(maker.batch, 1, FRAMES, maker.bins)}
 
 
 def _samples(maker: _Maker) -> int:
-    strides = maker.entry(
-        "conv_stride", "upsampling_ratios", "downsampling_ratios", near="audio encoder", default=(320,)
-    )
+    strides = maker.entry("conv_stride", "upsampling_ratios", "downsampling_ratios", near=SOUND, default=(320,))
     return 16 * math.prod(strides)
 
 
@@ -459,13 +592,14 @@ def _waveform_channels(maker: _Maker) -> Inputs:
     """(batch, channels, samples)."""
     if "input_values" not in maker.parameters:
         raise _DoesNotApply
-    channels = maker.entry("audio_channels", near="audio encoder", default=1)
+    channels = maker.entry("audio_channels", near=SOUND, default=1)
     return {"input_values": maker.noise(maker.batch, channels, _samples(maker))}
 
 
 RECORDINGS = [
     _spectrogram_of_whisper,
     _spectrogram,
+    _spectrogram_turned,
     _waveform,
     _waveform_channels,
     _spectrogram_picture,
@@ -533,17 +667,43 @@ def _regions(maker: _Maker, name: str) -> Tensor:
     return maker.noise(maker.batch, 4, maker.entry(name))
 
 
+def _high_resolution(maker: _Maker, inputs: Inputs) -> Tensor | None:
+    size = maker.entry("image_size", near="high_res")
+    return maker.noise(maker.batch, maker.channels(), *_two(size)) if "pixel_values" in inputs else None
+
+
 def _spectral_frames(maker: _Maker, inputs: Inputs) -> Tensor:
     bins = maker.entry("model_in_dim", "mel_dim", "num_mel_bins", default=80)
     return maker.noise(maker.batch, FRAMES, bins)
 
 
+def _places_of_image(maker: _Maker, inputs: Inputs) -> Tensor | None:
+    """Marks the tokens that a picture's features replace (Kosmos)."""
+    count = maker.entry("latent_query_num")
+    if not any(name in inputs for name in ("pixel_values", "flattened_patches")) or not isinstance(count, int):
+        return None
+    ids = maker.ids(count + maker.words, maker.vocabulary("text"))
+    marks = torch.zeros_like(ids)
+    marks[:, 1 : count + 1] = 1
+    inputs["input_ids"], inputs["attention_mask"] = ids, torch.ones_like(ids)
+    return marks
+
+
+def _seen_images(maker: _Maker, inputs: Inputs) -> Tensor | None:
+    if "pixel_values" not in inputs or maker.entry("cross_layer_interval") is None:
+        return None
+    return maker.full(1, *inputs["input_ids"].shape, 1)
+
+
 # Made whenever the model has such a parameter.
 ALWAYS: dict[str, Any] = {
+    "image_embeds_position_mask": _places_of_image,
+    "image_attention_mask": _seen_images,
     "bbox": _boxes,
     "visual_feats": lambda maker, inputs: _regions(maker, "visual_feat_dim"),
     "visual_pos": lambda maker, inputs: _regions(maker, "visual_pos_dim"),
     "decoder_input_values": _spectral_frames,
+    "high_res_pixel_values": _high_resolution,
 }
 
 # Made where the model cannot do without.

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 from torch import Tensor, nn
 
 from conftest import randomise
 from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
-from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 
 NEW_TOKENS = 6
 

@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-
-import pathprune
 from building import (
     NEW_TOKENS,
     Subject,
@@ -26,7 +23,6 @@ from building import (
     generate,
     gradients,
     outputs,
-    pairs_of,
     prompt,
     run,
     subject_of,
@@ -34,12 +30,15 @@ from building import (
     with_attention,
     without_cache,
 )
+from safetensors.torch import load_file
+from subjects import ROWS, Row
+
+import pathprune
 from pathprune.budget import Budget, Selection
 from pathprune.masks import masked
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from strategies import EXTREMES, selection_of
-from subjects import ROWS, Row
 
 EXACT = 1e-9
 VISIBLE = 1e-3
