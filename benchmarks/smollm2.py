@@ -33,12 +33,14 @@ from pathprune.path import library_versions
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 TARGETS = {"0.9": 1.10, "0.8": 1.25, "0.7": 1.60}  # times the dense perplexity
 TOKENS = 200_000  # that the search may read
-WINDOW = 256
+SEARCH_BATCH, SEARCH_WINDOW = 2, 256
+STEP_TOKENS = SEARCH_BATCH * SEARCH_WINDOW
+MEASURED_WINDOW = 512
 
 
-def windows(tokenizer: Any, split: str, batch_size: int) -> list[Batch]:
+def windows(tokenizer: Any, split: str, batch_size: int, length: int) -> list[Batch]:
     """Full windows of a split's articles, end to end."""
-    return packed([text for _, text in demo.bbc_articles(split)], tokenizer, batch_size=batch_size, length=WINDOW)
+    return packed([text for _, text in demo.bbc_articles(split)], tokenizer, batch_size=batch_size, length=length)
 
 
 @torch.inference_mode()
@@ -56,21 +58,21 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=TOKENS // (2 * WINDOW), help="of two windows each")
+    parser.add_argument("--steps", type=int, default=TOKENS // STEP_TOKENS, help=f"of {STEP_TOKENS} tokens each")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the search")
     parser.add_argument("--split", default="test", choices=["choice", "test"], help="settings are chosen on choice")
-    parser.add_argument("--windows", type=int, default=128, help="to measure on")
+    parser.add_argument("--windows", type=int, default=64, help="to measure on")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of SearchConfig")
     args = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.setting)}
 
     source = smollm2()
     dense, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    unseen = windows(tokenizer, args.split, 4)[: args.windows // 4]
+    unseen = windows(tokenizer, args.split, 1, MEASURED_WINDOW)[: args.windows]
     base = perplexity(dense, unseen)
     print(f"dense {base:.2f}")
-    known = windows(tokenizer, "search", 2)
+    known = windows(tokenizer, "search", SEARCH_BATCH, SEARCH_WINDOW)
     searched = copy.deepcopy(dense).to(getattr(torch, args.dtype))
     runs = []
     for seed in range(args.seeds):
@@ -86,7 +88,7 @@ def main() -> None:
             facts = selection.to_dict()
             rows.append({"keep": keep, "params": facts["params"], "perplexity": small, "ratio": small / base})
             print(json.dumps(rows[-1]), flush=True)
-        runs.append({"seed": seed, "search_seconds": seconds, "search_tokens": args.steps * 2 * WINDOW, "rows": rows})
+        runs.append({"seed": seed, "search_seconds": seconds, "search_tokens": args.steps * STEP_TOKENS, "rows": rows})
     result = {
         "command": "python benchmarks/smollm2.py",
         "model": "SmolLM2-135M-Instruct, Q4_1 weights in float32",

@@ -19,13 +19,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -119,15 +119,14 @@ def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: P
     """A language model, an encoder-decoder and an image classifier keep their heads, from search to evaluation."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape))
-    bart_shape = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
-    bart_shape |= {"d_model": 16, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 16}
-    bart = BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, **bart_shape))
+    t5_shape = {"d_model": 16, "d_kv": 8, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **t5_shape))
     vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
     pictures, texts = tmp_path / "pictures", dense.parent / "texts.txt"
     pictures.mkdir()
     for i in range(4):
         Image.new("RGB", (9, 9), (60 * i, 20, 20)).save(pictures / f"{i}.png")
-    for name, model, data in (("llama", llama, texts), ("bart", bart, texts), ("vit", vit, pictures)):
+    for name, model, data in (("llama", llama, texts), ("t5", t5, texts), ("vit", vit, pictures)):
         source, run, half, after = (tmp_path / f"{name}{part}" for part in ("", "-run", "-half", "-after"))
         model.save_pretrained(source)
         if model is vit:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pathprune as pp
-from helpers import tiny_batches, tiny_bert
+from helpers import VOCAB, tiny_batches, tiny_bert
 from pathprune.budget import Budget
+from pathprune.data import Batches
 from pathprune.evaluation import fidelity
 from pathprune.path import SolutionPath
-from pathprune.recovery.closed_form import consumers
+from pathprune.recovery.closed_form import consumers, least_squares
 
 
 def half(model: torch.nn.Module) -> torch.nn.Module:
@@ -59,6 +61,26 @@ def test_closed_form_solves_the_weighted_regression() -> None:
     best = residual(reference)
     assert residual(parameters(fitted)) <= best * (1 + 1e-6)
     assert residual(parameters(small)) > 1.05 * best
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["closed-form", "distill"])
+def test_transposed_maps_and_maps_without_biases_recover(kind: str, method: str) -> None:
+    """GPT-2 keeps its weights transposed; a sliced Llama has been given biases that the dense model lacks."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+        teacher = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)).eval()
+    else:
+        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+        teacher = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **shape)).eval()
+    data = tiny_batches(count=12)
+    path = pp.search(teacher, data, steps=10, multiple=1, progress=False)
+    small = pp.slice_model(teacher, path.select(Budget(keep=0.5)))
+    settings = {"steps": 60, "lr": 3e-3} if method == "distill" else {}
+    recovered = pp.recover(small, teacher=teacher, data=data, method=method, progress=False, **settings)
+    before, after = (1 - fidelity(model, teacher, tiny_batches(seed=1)) for model in (small, recovered))
+    assert after < 0.9 * before
 
 
 @pytest.mark.parametrize("method", ["closed-form", "distill"])
@@ -109,6 +131,8 @@ def test_bad_input_is_refused() -> None:
         pp.recover(small, teacher=teacher, data=tiny_batches(), steps=0)
     with pytest.raises(pp.DataError, match="unknown setting"):
         pp.recover(small, teacher=teacher, data=tiny_batches(), epochs=3)
+    with pytest.raises(pp.DataError, match="no linear map of the BertModel reads fewer features"):
+        least_squares(teacher, teacher, Batches(teacher, tiny_batches()), hidden=True)
     broken = tiny_bert()
     broken.embeddings.word_embeddings.weight.data[:] = float("nan")
     with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):

