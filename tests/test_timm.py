@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoModelForImageClassification, TimmWrapper
 from transformers import TimmWrapperForImageClassification as Classifier
 from transformers import TimmWrapperModel as Wrapper
 
+import pathprune
 from conftest import Python, randomise, snapshot
 from pathprune.discovery import find_pairs
 from pathprune.masks import masked
@@ -259,3 +261,18 @@ def test_a_sliced_model_is_exported(bare: Subject) -> None:
     small = slice_model(bare.model, selection_of(bare.pairs, "uneven"))
     exported = torch.export.export(small, (), bare.inputs).module()
     assert gap(run(exported, bare.inputs), bare.output(small)) < EXACT
+
+
+def test_the_whole_pipeline_runs_on_pictures_alone(bare: Subject) -> None:
+    model = copy.deepcopy(bare.model).float()
+    data = [{"x": images(bare.name).float() + i} for i in range(4)]
+    path = pathprune.search(model, data, steps=12, seed=0)
+    half = path.select(pathprune.Budget(keep=0.5))
+    small = pathprune.slice_model(model, half)
+    with masked(model, half):
+        expected = run(model, data[0])
+    assert gap(run(small, data[0]), expected) < 1e-5
+    for settings in ({"method": "closed-form"}, {"method": "distill", "steps": 2}):
+        recovered = pathprune.recover(small, teacher=model, data=data, **settings)
+        assert [p.shape for p in recovered.parameters()] == [p.shape for p in small.parameters()]
+        assert gap(run(recovered, data[0]), run(small, data[0])) > 1e-4
