@@ -36,7 +36,7 @@ class Subject:
 @cache
 def build(name: str) -> tuple[Row, Any]:
     row = next(row for row in ROWS if row.name == name)
-    model = getattr(transformers, row.model)(row.config()).double().eval()
+    model = getattr(transformers, row.model)._from_config(row.config(), dtype=torch.float64).eval()
     if row.experts:
         model.set_experts_implementation(row.experts)
     return row, randomise(model)
