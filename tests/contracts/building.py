@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from conftest import randomise
 from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
+from pathprune.proof import Float64
 from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 
 NEW_TOKENS = 6
@@ -50,7 +52,7 @@ def subject_of(name: str) -> Subject:
 
 
 def pairs_of(model: nn.Module, inputs: Inputs) -> PairList:
-    return find_pairs(model)
+    return find_pairs(model, inputs)
 
 
 def tensors(output: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -78,8 +80,10 @@ def outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    return outputs(model, inputs)
+def run(model: nn.Module, inputs: Inputs, *, rounded: bool = True) -> dict[str, Tensor]:
+    """Outputs, as the model is or, not ``rounded``, with whatever it computes in lower precision in float64."""
+    with nullcontext() if rounded else Float64():
+        return outputs(model, inputs)
 
 
 def gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
