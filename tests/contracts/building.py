@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
-from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 from torch import Tensor, nn
 
 from conftest import randomise
 from pathprune.discovery import find_pairs
 from pathprune.pairs import PairList
+from pathprune.proof import Float64
+from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 
 NEW_TOKENS = 6
 
@@ -36,7 +38,7 @@ class Subject:
 @cache
 def build(name: str) -> tuple[Row, Any]:
     row = next(row for row in ROWS if row.name == name)
-    model = getattr(transformers, row.model)(row.config()).double().eval()
+    model = getattr(transformers, row.model)._from_config(row.config(), dtype=torch.float64).eval()
     if row.experts:
         model.set_experts_implementation(row.experts)
     return row, randomise(model)
@@ -50,7 +52,7 @@ def subject_of(name: str) -> Subject:
 
 
 def pairs_of(model: nn.Module, inputs: Inputs) -> PairList:
-    return find_pairs(model)
+    return find_pairs(model, inputs)
 
 
 def tensors(output: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -78,8 +80,10 @@ def outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    return outputs(model, inputs)
+def run(model: nn.Module, inputs: Inputs, *, rounded: bool = True) -> dict[str, Tensor]:
+    """Outputs, as the model is or, not ``rounded``, with whatever it computes in lower precision in float64."""
+    with nullcontext() if rounded else Float64():
+        return outputs(model, inputs)
 
 
 def gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

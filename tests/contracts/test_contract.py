@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import pathprune
 from building import (
     NEW_TOKENS,
     Subject,
@@ -30,15 +33,12 @@ from building import (
     with_attention,
     without_cache,
 )
-from safetensors.torch import load_file
-from subjects import ROWS, Row
-
-import pathprune
 from pathprune.budget import Budget, Selection
 from pathprune.masks import masked
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from strategies import EXTREMES, selection_of
+from subjects import ROWS, Inputs, Row
 
 EXACT = 1e-9
 VISIBLE = 1e-3
@@ -63,12 +63,25 @@ def sliced(subject: Subject, case: str, **settings: Any) -> Any:
     return slice_model(subject.model, selection_of(subject.pairs, case, **settings))
 
 
+def assert_masked(dense: Any, small: Any, selection: Selection, inputs: Inputs, rounds: Any, name: str) -> Any:
+    """The masked model's outputs, which must be the sliced one's; exactly, but for what is rounded inside."""
+    for rounded, limit in ((False, EXACT), (True, SINGLE)) if rounds else ((True, EXACT),):
+        with masked(dense, selection):
+            expected = run(dense, inputs, rounded=rounded)
+        assert gap(run(small, inputs, rounded=rounded), expected) < limit, f"{name}, {rounded=}"
+    return expected
+
+
+def tolerance(subject: Subject) -> float:
+    """Of the same model, computed in another way."""
+    return SINGLE if subject.row.rounds else EXACT
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_dense_model_is_a_fair_subject(row: Row) -> None:
     """Finite, far from saturation, and different for every sample and every token."""
     model, inputs = build(row.name)[1], row.inputs()
-    for parameter in model.parameters():
-        assert (parameter != 0).float().mean() > 0.9 or not parameter.requires_grad
+    assert all((parameter != 0).all() for parameter in model.parameters())
     for name, tensor in run(model, inputs).items():
         assert torch.isfinite(tensor).all(), name
         assert tensor.abs().max() < 100, name
@@ -100,22 +113,19 @@ def test_sliced_is_masked(subject: Subject) -> None:
         seed = len(selections)
         selections[f"{case}, {constants=}"] = selection_of(subject.pairs, case, seed=seed, constants=constants)
     for name, selection in selections.items():
-        with masked(subject.model, selection):
-            expected = run(subject.model, subject.inputs)
         small = slice_model(subject.model, selection)
-        assert gap(run(small, subject.inputs), expected) < EXACT, name
+        expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row.rounds, name)
         assert gap(expected, dense) > VISIBLE, name
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
 
 
 def test_query_key_and_value_widths_are_free_of_each_other(subject: Subject) -> None:
-    selection = selection_of(subject.pairs, "uneven")
-    widths: dict[str, dict[str, int]] = {}
-    for pair in subject.pairs:
+    widths: dict[tuple[str, int], dict[str, int]] = {}
+    for seed, pair in itertools.product(range(3), subject.pairs):
         if pair.kind != "mlp":
-            widths.setdefault(pair.block, {})[pair.kind] = selection.widths(pair)[1]
-    both = [found for found in widths.values() if len(found) == 2]
-    assert any(found["qk"] != found["vo"] for found in both) or not both
+            width = selection_of(subject.pairs, "uneven", seed=seed).widths(pair)[1]
+            widths.setdefault((pair.block, seed), {})[pair.kind] = width
+    assert any(found["qk"] != found["vo"] for found in widths.values())
 
 
 def test_gradients_reach_what_they_reach_in_the_dense_model(subject: Subject) -> None:
@@ -123,7 +133,7 @@ def test_gradients_reach_what_they_reach_in_the_dense_model(subject: Subject) ->
     for case in ("uneven", "no attention"):
         small = sliced(subject, case)
         for name, gradient in gradients(small, subject.inputs).items():
-            before = dense[name]
+            before = dense.get(name, dense.get(f"{name.removesuffix('.bias')}.weight"))  # a bias may be new
             if before is None:
                 continue
             parameter = small.get_parameter(name)
@@ -143,7 +153,7 @@ def test_training_with_dropout_and_checkpointing(subject: Subject) -> None:
         nonlocal calls
         calls += 1
 
-    small.get_submodule(subject.pairs[0].consumer.module).register_forward_hook(count)
+    small.get_submodule(subject.pairs[0].slots[0].module).register_forward_hook(count)
     torch.manual_seed(0)
     expected = gradients(small, subject.inputs)
     once = calls
@@ -153,7 +163,7 @@ def test_training_with_dropout_and_checkpointing(subject: Subject) -> None:
     small.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)
     got = gradients(small, subject.inputs)
-    assert calls == 3 * once
+    assert calls > 2 * once
     top = max(
         float(gradient.abs().max()) for gradient in expected.values() if gradient is not None and gradient.numel()
     )
@@ -170,9 +180,9 @@ def test_generation(row: Row) -> None:
     for case in WHOLE_LAYERS:
         selection = selection_of(subject.pairs, case)
         dense, inputs = subject.model, prompt(row, subject.inputs)
-        small, tolerance = slice_model(dense, selection), 1e-6  # generate() returns logits in float32
+        small, limit = slice_model(dense, selection), 1e-6  # generate() returns logits in float32
         if not dense._supports_sdpa:  # eager attention over padding alone is not finite in float64
-            small, tolerance = small.float(), 1e-3
+            small, limit = small.float(), 1e-3
             inputs = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
             dense = copy.deepcopy(dense).float()
         tokens, logits = generate(small, inputs, use_cache=False)
@@ -185,7 +195,7 @@ def test_generation(row: Row) -> None:
             runs["masked"] = generate(dense, inputs, use_cache=True)
         for name, (same, close) in runs.items():
             assert torch.equal(same, tokens), f"{case}: {name}"
-            assert (close - logits).abs().max() < tolerance * logits.abs().max(), f"{case}: {name}"
+            assert (close - logits).abs().max() < limit * logits.abs().max(), f"{case}: {name}"
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "static cache" in row.cannot], ids=lambda row: row.name)
@@ -201,19 +211,16 @@ def test_no_static_cache_in_the_dense_model_either(row: Row) -> None:
 
 
 def test_attention_implementations_agree(subject: Subject) -> None:
-    """Each is exact; with fills only where its weights sum to one, which many an eager softmax, in float32, misses."""
     implementations = ["eager", "sdpa"] if subject.model._supports_sdpa else ["eager"]
-    for case, constants in itertools.product(("uneven", "fewer heads", "no attention"), (False, True)):
-        selection, found = selection_of(subject.pairs, case, constants=constants), []
+    for case in ("uneven", "fewer heads", "no attention"):
+        selection, found = selection_of(subject.pairs, case), []
         small = slice_model(subject.model, selection)
         for implementation in implementations:
             dense = with_attention(subject.model, implementation)
-            with masked(dense, selection):
-                expected = run(dense, subject.inputs)
             small.set_attn_implementation(implementation)
+            rounds = subject.row.rounds or implementation == "eager"  # many an eager softmax is in float32
+            assert_masked(dense, small, selection, subject.inputs, rounds, f"{case}: {implementation}")
             found.append(run(small, subject.inputs))
-            single = constants and implementation == "eager"
-            assert gap(found[-1], expected) < (SINGLE if single else EXACT), f"{case}: {implementation}"
         assert gap(found[0], found[-1]) < SINGLE, case
 
 
@@ -229,7 +236,7 @@ def test_torch_compile(subject: Subject) -> None:
     with torch.no_grad():
         got = outputs(torch.compile(small, backend=backend), subject.inputs)  # type: ignore[arg-type]
     assert graphs
-    assert gap(got, run(small, subject.inputs)) < EXACT
+    assert gap(got, run(small, subject.inputs)) < tolerance(subject)
 
 
 def test_torch_export(subject: Subject) -> None:
@@ -246,7 +253,7 @@ def test_torch_export(subject: Subject) -> None:
         small = sliced(subject, case)
         with torch.no_grad():
             expected = tensors(small(**subject.inputs))
-        assert gap(exported(small), expected) < EXACT, case
+        assert gap(exported(small), expected) < tolerance(subject), case
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +289,8 @@ def test_a_fresh_process_loads_it(subject: Subject, loaded: Path) -> None:
         assert not error.exists(), error.read_text()
         with torch.no_grad():
             expected = {name: value for name, value in tensors(small(**subject.inputs)).items() if "." not in name}
-        assert gap(torch.load(place / "outputs.pt"), expected) < EXACT, case
+        got = torch.load(place / "outputs.pt")
+        assert gap({name: got[name] for name in expected}, expected) < tolerance(subject), case
 
         half = torch.load(place / "half.pt")
         for name, tensor in expected.items():
@@ -321,9 +329,7 @@ def test_other_inputs_than_the_proof_s(subject: Subject) -> None:
         }
         variants["a gap in the mask"]["attention_mask"][:, [0, 4, 8, 12, 16, 20, 24]] = 1
     for name, inputs in variants.items():
-        with masked(subject.model, selection):
-            expected = run(subject.model, inputs)
-        assert gap(run(small, inputs), expected) < EXACT, name
+        assert_masked(subject.model, small, selection, inputs, subject.row.rounds, name)
 
 
 def one_sample(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
