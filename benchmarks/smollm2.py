@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the search")
     parser.add_argument("--split", default="test", choices=["choice", "test"], help="settings are chosen on choice")
     parser.add_argument("--windows", type=int, default=64, help="to measure on")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the searches; one that is there is gone on with")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of SearchConfig")
     args = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.setting)}
@@ -79,7 +80,17 @@ def main() -> None:
         shift = seed * args.steps % len(known)  # other seeds read other articles
         data = (known[shift:] + known[:shift])[: args.steps]
         start = time.perf_counter()
-        path = pp.search(searched, data, objective="logits", steps=args.steps, seed=seed, **settings)
+        folder = args.runs and args.runs / f"seed-{seed}"
+        path = pp.search(
+            searched,
+            data,
+            objective="logits",
+            steps=args.steps,
+            seed=seed,
+            out=folder,
+            resume=bool(folder and folder.exists()),
+            **settings,
+        )
         seconds = time.perf_counter() - start
         rows = []
         for keep in KEEPS:
