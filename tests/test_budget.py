@@ -36,6 +36,8 @@ def cost(selection: Selection, kind: str) -> int:
                 total += inner * (slot.size + attended)
             else:
                 total += inner * (slot.size + (slot.bias and slot.side == "out"))
+        if kind == "params" and pair.name in selection.fill and not selection.keep[pair.name].all():
+            total += 0 if pair.consumer.bias else pair.consumer.size  # the bias that takes the fill
     linear = sum(pair.groups * pair.units * pair.unit_macs(0) for pair in pairs)
     outside = {
         "keep": 0,
@@ -67,7 +69,8 @@ def test_a_budget_is_kept_and_missed_by_less_than_the_next_removal(data: st.Data
     budget = data.draw(some_budgets(path))
     dense = dense_size(path, budget.kind)
     limit = budget.value if isinstance(budget.value, int) else budget.value * dense
-    smallest = cost(Selection(path.pairs, path.order.keep(len(path.order.units)), seq_len=path.seq_len), budget.kind)
+    nothing = path.order.keep(len(path.order.units))
+    smallest = cost(Selection(path.pairs, nothing, seq_len=path.seq_len, fill=path.fill), budget.kind)
     if limit < smallest:
         with pytest.raises(BudgetError, match=r"the path's smallest model, with every pair removed, has") as error:
             path.select(budget)
@@ -80,14 +83,14 @@ def test_a_budget_is_kept_and_missed_by_less_than_the_next_removal(data: st.Data
     selection = path.select(budget)
     assert cost(selection, budget.kind) <= limit
     if selection.removals:
-        one_less = Selection(path.pairs, path.order.keep(selection.removals - 1), seq_len=path.seq_len)
+        one_less = Selection(path.pairs, path.order.keep(selection.removals - 1), seq_len=path.seq_len, fill=path.fill)
         assert cost(one_less, budget.kind) > limit
 
 
 @given(paths(), st.integers(0, 100))
 def test_a_selection_counts_itself(path: SolutionPath, removals: int) -> None:
     keep = path.order.keep(min(removals, len(path.order.units)))
-    selection = Selection(path.pairs, keep, seq_len=path.seq_len)
+    selection = Selection(path.pairs, keep, seq_len=path.seq_len, fill=path.fill)
     assert selection.pair_params == cost(selection, "keep")
     assert selection.params == cost(selection, "params")
     assert selection.macs == cost(selection, "macs")
