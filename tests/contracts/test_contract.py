@@ -124,6 +124,7 @@ def test_sliced_is_masked(subject: Subject) -> None:
 def test_any_one_sublayer_may_go(subject: Subject) -> None:
     """Layers may depend on one another: on a bias that the first one makes, or a cache that it measures."""
     dense = run(subject.model, subject.inputs)
+    reached = [name for name, gradient in gradients(subject.model, subject.inputs).items() if gradient is not None]
     for gone in dict.fromkeys((pair.block, pair.kind == "mlp") for pair in subject.pairs):
         keep = {
             pair.name: np.full(pair.shape, (pair.block, pair.kind == "mlp") != gone, dtype=bool)
@@ -132,7 +133,8 @@ def test_any_one_sublayer_may_go(subject: Subject) -> None:
         selection = Selection(subject.pairs, keep)
         small = slice_model(subject.model, selection)
         expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row.rounds, gone[0])
-        assert gap(expected, dense) > VISIBLE, gone[0]
+        if any(name.startswith(f"{gone[0]}.") for name in reached):  # LLaVA reads the last layer but one
+            assert gap(expected, dense) > VISIBLE, gone[0]
 
 
 def test_query_key_and_value_widths_are_free_of_each_other(subject: Subject) -> None:
