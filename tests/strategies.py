@@ -156,7 +156,7 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
 
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:
     keep: Masks = {}
-    alive: dict[str, npt.NDArray[np.bool_]] = {}
+    alive: dict[tuple[str, bool], npt.NDArray[np.bool_]] = {}  # of each sublayer
     attention = [pair.block for pair in pairs if pair.kind != "mlp"]
     mlps = [pair.block for pair in pairs if pair.kind == "mlp"]
     gone = {
@@ -166,11 +166,14 @@ def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:
         "nothing in the last layer": attention[-1:] + mlps[-1:],
     }.get(case, [])
     for pair in pairs:
-        heads = alive.setdefault(pair.block, np.ones(pair.groups, dtype=bool))
-        if case == "fewer heads" and pair.kind == "qk" and pair.groups > 1:
-            heads[rng.integers(pair.groups)] = False
-        if case.endswith("one head") and pair.kind == "qk":
-            heads[rng.permutation(pair.groups)[1:]] = False
+        sublayer = (pair.block, pair.kind == "mlp")
+        if sublayer not in alive:
+            alive[sublayer] = np.ones(pair.groups, dtype=bool)
+            if pair.kind != "mlp" and case == "fewer heads" and pair.groups > 1:  # not equally many in every layer
+                alive[sublayer][rng.permutation(pair.groups)[: 1 + len(alive) % (pair.groups - 1)]] = False
+            if pair.kind != "mlp" and case.endswith("one head"):
+                alive[sublayer][rng.permutation(pair.groups)[1:]] = False
+        heads = alive[sublayer]
         count = int(rng.integers(1, pair.units)) if pair.kind != "vo" else pair.units - 1 - int(rng.integers(3))
         if case == "full":
             count = pair.units

@@ -35,10 +35,11 @@ from building import (
 )
 from pathprune.budget import Budget, Selection
 from pathprune.masks import masked
+from pathprune.order import UNITS, Unit
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from strategies import EXTREMES, selection_of
-from subjects import ROWS, Inputs, Row
+from subjects import ROWS, Inputs, Row, padding
 
 EXACT = 1e-9
 VISIBLE = 1e-3
@@ -53,10 +54,10 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return subject_of(request.param)
 
 
-def half_of_a_path(subject: Subject, keep: float, seed: int) -> Selection:
+def by_scores(subject: Subject, unit: Unit, keep: float, seed: int) -> Selection:
     rng = np.random.default_rng(seed)
-    path = SolutionPath.from_scores(subject.pairs, {pair.name: rng.random(pair.shape) for pair in subject.pairs})
-    return path.select(Budget(keep=keep))
+    scores = {pair.name: rng.random(pair.shape) for pair in subject.pairs}
+    return SolutionPath.from_scores(subject.pairs, scores, unit=unit).select(Budget(keep=keep))
 
 
 def sliced(subject: Subject, case: str, **settings: Any) -> Any:
@@ -108,7 +109,8 @@ def test_pairs_are_those_of_the_table(subject: Subject, record_property: Any) ->
 
 def test_sliced_is_masked(subject: Subject) -> None:
     dense = run(subject.model, subject.inputs)
-    selections = {f"{keep:.0%} of a path": half_of_a_path(subject, keep, seed) for seed, keep in enumerate((0.7, 0.35))}
+    sizes = itertools.product(UNITS, (0.7, 0.35))
+    selections = {f"{keep} by {unit}": by_scores(subject, unit, keep, seed) for seed, (unit, keep) in enumerate(sizes)}
     for case, constants in itertools.product(RECTANGLES, (False, True)):
         seed = len(selections)
         selections[f"{case}, {constants=}"] = selection_of(subject.pairs, case, seed=seed, constants=constants)
@@ -117,6 +119,22 @@ def test_sliced_is_masked(subject: Subject) -> None:
         expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row.rounds, name)
         assert gap(expected, dense) > VISIBLE, name
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
+
+
+def test_any_one_sublayer_may_go(subject: Subject) -> None:
+    """Layers may depend on one another: on a bias that the first one makes, or a cache that it measures."""
+    dense = run(subject.model, subject.inputs)
+    reached = [name for name, gradient in gradients(subject.model, subject.inputs).items() if gradient is not None]
+    for gone in dict.fromkeys((pair.block, pair.kind == "mlp") for pair in subject.pairs):
+        keep = {
+            pair.name: np.full(pair.shape, (pair.block, pair.kind == "mlp") != gone, dtype=bool)
+            for pair in subject.pairs
+        }
+        selection = Selection(subject.pairs, keep)
+        small = slice_model(subject.model, selection)
+        expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row.rounds, gone[0])
+        if any(name.startswith(f"{gone[0]}.") for name in reached):  # LLaVA reads the last layer but one
+            assert gap(expected, dense) > VISIBLE, gone[0]
 
 
 def test_query_key_and_value_widths_are_free_of_each_other(subject: Subject) -> None:
@@ -328,6 +346,8 @@ def test_other_inputs_than_the_proof_s(subject: Subject) -> None:
             "a gap in the mask": {**rest, "input_ids": longer, "attention_mask": (longer % 5 > 0).long()},
         }
         variants["a gap in the mask"]["attention_mask"][:, [0, 4, 8, 12, 16, 20, 24]] = 1
+        if subject.model._supports_sdpa:  # eager attention over padding alone is not finite in float64
+            variants["padding on the left"] = {**given, "attention_mask": padding(ids, left=True)}
     for name, inputs in variants.items():
         assert_masked(subject.model, small, selection, inputs, subject.row.rounds, name)
 
