@@ -382,8 +382,8 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "The contract: for random rankings at 70 and 40 % kept, the sliced model computes what the masked model "
         f"computes (relative difference of every output in float64 at most {DOUBLE:g}, {MIXED:g} where the model's "
         f"own code rounds to float32 on the way, {SINGLE:g} where it cannot run in float64); saved and loaded it is "
-        "the same model; gradients reach what they reach in the dense model; greedy tokens are the same with and without "
-        'cache, where that is so for the dense model. "Share" is the part of all parameters that pairs hold in the '
+        "the same model; gradients reach what they reach in the dense model; greedy tokens are the same with and "
+        'without cache, where that is so for the dense model. "Share" is the part of all parameters that pairs hold in the '
         "small model.",
         "",
         "| type | class | status | pairs | share | notes |",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import Subject, snapshot, tiny_inputs
-from pathprune.basis import Calibration, calibrate
+from pathprune.basis import Calibration, Moments, calibrate
 from pathprune.masks import attach_masks
 from pathprune.pairs import Pair, Slot
 
@@ -108,6 +108,16 @@ def test_mean_and_spread_are_those_of_the_activation_in_the_basis(subject: Subje
             inner = torch.einsum("ged,tgd->tge", torch.from_numpy(calibration.basis[pair.name]).double(), inner)
         np.testing.assert_allclose(calibration.mean[pair.name], inner.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(calibration.std[pair.name], inner.std(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_a_massive_token_does_not_own_the_mean() -> None:
+    tokens = torch.randn(100, 6, generator=torch.Generator().manual_seed(0)).double() + 1
+    plain, with_outlier = Moments(), Moments()
+    plain.add(tokens, 2, outer=False)
+    with_outlier.add(torch.cat([tokens, torch.full((1, 6), 1e4).double()]), 2, outer=False)
+    assert plain.count == 100
+    torch.testing.assert_close(plain.mean.flatten(), tokens.mean(0))
+    assert (with_outlier.mean - plain.mean).abs().max() < 0.1
 
 
 def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> None:

@@ -29,6 +29,7 @@ from pathprune.slicing import axis_first
 
 Floats = npt.NDArray[np.floating]
 
+OUTLIER = 10.0  # times the median length of a token
 RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zero
 
 
@@ -36,21 +37,30 @@ RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zer
 class Moments:
     """Running sums of an inner activation over tokens, in float64.
 
+    Language models have a few tokens with massive activations, the first of a text above all (Sun
+    et al., COLM 2024), that would own every mean. Tokens that are longer than ``OUTLIER`` times the
+    median of their batch count as much less as they are longer.
+
     Attributes:
-        count: tokens seen.
+        count: tokens seen, by weight.
         first: (H, D), sum.
         second: sum of outer products, (H, D, D), or of squares, (H, D), where no basis is wanted.
     """
 
-    count: int = 0
+    count: float = 0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
     second: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, y: Tensor, heads: int, outer: bool) -> None:
         """Add (tokens, H D) activations."""
-        y = y.detach().unflatten(-1, (heads, -1)).double()
-        self.count += y.shape[0]
-        self.first = self.first + y.sum(0)
+        y = y.detach().double()
+        length = y.norm(dim=-1, keepdim=True)
+        weight = (OUTLIER * length.median() / length.clamp_min(1e-30)).clamp_max(1)  # (tokens, 1)
+        if not length.median() > 0:
+            weight = torch.ones_like(length)
+        self.count += float(weight.sum())
+        self.first = self.first + (weight * y).sum(0).unflatten(-1, (heads, -1))
+        y = (weight.sqrt() * y).unflatten(-1, (heads, -1))
         heads_first = y.transpose(0, 1)  # (H, tokens, D)
         self.second = self.second + (heads_first.mT @ heads_first if outer else y.square().sum(0))
 
