@@ -222,8 +222,13 @@ def _gradients(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float)
     for one in (model, small):
         one.zero_grad()
         torch.manual_seed(0)
-        outputs = [x for x in pytree.tree_leaves(one(**inputs)) if isinstance(x, Tensor) and x.requires_grad]
-        sum(x.square().mean() for x in outputs if x.numel()).backward()
+        try:
+            outputs = [x for x in pytree.tree_leaves(one(**inputs)) if isinstance(x, Tensor) and x.requires_grad]
+            sum(x.square().mean() for x in outputs if x.numel()).backward()
+        except Exception as error:
+            if one is model:
+                return f"dense: {_said(error)}"
+            raise
         reached[one is small] = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
         one.zero_grad()
     missing = reached[False].keys() - reached[True].keys()
@@ -383,8 +388,8 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         f"computes (relative difference of every output in float64 at most {DOUBLE:g}, {MIXED:g} where the model's "
         f"own code rounds to float32 on the way, {SINGLE:g} where it cannot run in float64); saved and loaded it is "
         "the same model; gradients reach what they reach in the dense model; greedy tokens are the same with and "
-        'without cache, where that is so for the dense model. "Share" is the part of all parameters that pairs hold in the '
-        "small model.",
+        'without cache, where that is so for the dense model. "Share" is the part of all parameters that pairs hold '
+        "in the small model.",
         "",
         "| type | class | status | pairs | share | notes |",
         "|---|---|---|---|---|---|",

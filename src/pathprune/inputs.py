@@ -304,7 +304,9 @@ class _Maker:
         size = self.entry("image_size", "img_size", "spec_size", "input_size", "max_img_size", near=VISION)
         if isinstance(size, int) and not size:
             size = None
-        return _two(size if isinstance(size, int | list | tuple) else self.side)
+        height, width = _two(size if isinstance(size, int | list | tuple) else self.side)
+        least = min(self.entry("scaled_images_ratios", default=[1]))  # the smallest copy must still hold a patch
+        return int(height / least), int(width / least)
 
     def patch(self) -> int:
         size = self.entry("patch_size", "spatial_patch_size", near=VISION, default=16)
@@ -464,7 +466,10 @@ def _pairs_of_pictures(maker: _Maker) -> Inputs:
 
 def _picture(maker: _Maker) -> Inputs:
     """One picture: (batch, channels, height, width)."""
-    return {maker.picture_name() or "pixel_values": maker.noise(maker.batch, maker.channels(), *maker.size())}
+    height, width = maker.size()
+    if "prompt_pixel_values" in maker.parameters:
+        height //= 2  # the other half is the prompt's
+    return {maker.picture_name() or "pixel_values": maker.noise(maker.batch, maker.channels(), height, width)}
 
 
 def _picture_with_size(maker: _Maker) -> Inputs:
