@@ -611,6 +611,43 @@ ROWS = [
             **rope(partial_rotary_factor=0.4),
         },
     ),
+    # Latent keys and values; gates of an attention's values.
+    decoder(
+        "deepseek-v3",
+        "DeepseekV3ForCausalLM",
+        {
+            **without(DECODER, "head_dim", "num_key_value_heads"),
+            "num_key_value_heads": 6,
+            "q_lora_rank": 11,
+            "kv_lora_rank": 13,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 7,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 13,
+            "first_k_dense_replace": 1,
+        },
+        pairs={"qk": 2, "vo": 2, "mlp": 3},
+        **MIXTURE,
+    ),
+    decoder(
+        "codegen",
+        "CodeGenForCausalLM",
+        {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_inner": 21, **ENDLESS}
+        | {"rotary_dim": 4},
+        pairs={"qk": 0, "vo": 0, "mlp": 2},  # queries, values and keys in four turns: a layout that is not known
+        refused={"transformer.h.*.attn*": ""},
+        share=0.15,
+        rounds="queries, keys and their product",
+    ),
+    decoder(
+        "gpt-bigcode",
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 30, "n_layer": 2, "n_head": 3, "n_inner": 21, **ENDLESS},
+    ),
     # Mixtures of experts.
     decoder("mixtral", "MixtralForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}, **MIXTURE),
     decoder(

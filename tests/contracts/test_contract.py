@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.hooks import RemovableHandle
 
 import pathprune
 from building import (
@@ -36,6 +38,7 @@ from building import (
 from pathprune.budget import Budget, Selection
 from pathprune.masks import masked
 from pathprune.order import UNITS, Unit
+from pathprune.pairs import Pair, Slot
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from strategies import EXTREMES, selection_of
@@ -119,6 +122,33 @@ def test_sliced_is_masked(subject: Subject) -> None:
         expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row.rounds, name)
         assert gap(expected, dense) > VISIBLE, name
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
+
+
+def test_values_and_outputs_of_a_pair_belong_together(subject: Subject) -> None:
+    """Without a unit's value, its place in the output projection reads nothing: the two are one unit for real."""
+    rng = np.random.default_rng(0)
+    for pair in subject.pairs:
+        if pair.kind != "vo":
+            continue
+        keep = rng.random(pair.shape) < 0.5
+        values, both = (zeroed(subject, pair, pair.slots[:end], keep) for end in (-1, None))
+        assert gap(values, both) < tolerance(subject), pair.name
+
+
+def zeroed(subject: Subject, pair: Pair, slots: Sequence[Slot], keep: np.ndarray) -> dict[str, torch.Tensor]:
+    """Outputs with nothing at a pair's removed places in some of its maps."""
+
+    def hook(slot: Slot) -> RemovableHandle:
+        module, gone = subject.model.get_submodule(slot.module), torch.from_numpy(pair.positions(slot, ~keep))
+        if slot.side == "out":
+            return module.register_forward_hook(lambda module, args, output: output.index_fill(-1, gone, 0))
+        return module.register_forward_pre_hook(lambda module, args: (args[0].index_fill(-1, gone, 0), *args[1:]))
+
+    handles = [hook(slot) for slot in slots]
+    found = run(subject.model, subject.inputs)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def test_any_one_sublayer_may_go(subject: Subject) -> None:
