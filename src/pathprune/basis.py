@@ -29,17 +29,12 @@ from pathprune.slicing import axis_first
 
 Floats = npt.NDArray[np.floating]
 
-OUTLIER = 10.0  # times the median length of a token
 RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zero
 
 
 @dataclass
 class Moments:
     """Running sums of an inner activation over tokens, in float64.
-
-    Language models have a few tokens with massive activations, the first of a text above all (Sun
-    et al., COLM 2024), that would own every mean. Tokens that are longer than ``OUTLIER`` times the
-    median of their batch count as much less as they are longer.
 
     Attributes:
         count: tokens seen, by weight.
@@ -51,18 +46,21 @@ class Moments:
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
     second: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, y: Tensor, heads: int, outer: bool) -> None:
-        """Add (tokens, H D) activations."""
+    def add(self, y: Tensor, heads: int, outer: bool, *, relative: bool = False) -> None:
+        """Add (tokens, H D) activations.
+
+        Args:
+            relative: weight each token by its inverse length, as for a relative error. Language models have a few
+                tokens with massive activations (Sun et al., COLM 2024), which would own every mean otherwise.
+        """
         y = y.detach().double()
-        length = y.norm(dim=-1, keepdim=True)
-        weight = (OUTLIER * length.median() / length.clamp_min(1e-30)).clamp_max(1)  # (tokens, 1)
-        if not length.median() > 0:
-            weight = torch.ones_like(length)
+        weight = torch.ones_like(y[:, :1])
+        if relative:
+            weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         self.count += float(weight.sum())
         self.first = self.first + (weight * y).sum(0).unflatten(-1, (heads, -1))
-        y = (weight.sqrt() * y).unflatten(-1, (heads, -1))
-        heads_first = y.transpose(0, 1)  # (H, tokens, D)
-        self.second = self.second + (heads_first.mT @ heads_first if outer else y.square().sum(0))
+        heads_first = (weight.sqrt() * y).unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, tokens, D)
+        self.second = self.second + (heads_first.mT @ heads_first if outer else heads_first.square().sum(1))
 
     @property
     def mean(self) -> Tensor:
@@ -160,7 +158,8 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -
             y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
             if slot.fused:
                 y = y[:, index.to(y.device)]
-            store.add(y, pair.groups * slot.repeat, outer=pair.rotatable)
+            # For keys and values all tokens count alike, as they do in the balance.
+            store.add(y, pair.groups * slot.repeat, outer=pair.rotatable, relative=pair.kind == "mlp")
 
         return hook
 
