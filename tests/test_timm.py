@@ -38,6 +38,7 @@ SWIN = {
     "depths": (2, 1),
     "num_heads": (2, 4),
     "mlp_ratio": 1.5,
+    "drop_path_rate": 0.0,  # layers dropped at random would have no gradients
     "num_classes": 5,
 }
 
