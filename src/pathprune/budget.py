@@ -178,12 +178,12 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
     limit = budget.value if absolute else budget.value * dense
     if absolute and limit > dense:
         raise BudgetError(f"{budget} is more than the dense model's {dense:,}; ask for at most that")
-    if limit < sizes[-1]:
+    if limit < (smallest := sizes.min()):
         # Rounded up from a little more, so that the fraction times the dense size is enough in floating point.
-        least = int(sizes[-1]) if absolute else min(1.0, math.ceil(sizes[-1] / dense * 1e4 + 1e-6) / 1e4)
+        least = int(smallest) if absolute else min(1.0, math.ceil(smallest / dense * 1e4 + 1e-6) / 1e4)
         raise BudgetError(
             f"{budget} allows {limit:,.0f}, but the path's smallest model, with every pair removed, has "
-            f"{sizes[-1]:,.0f} of {dense:,}; ask for {budget.kind}={least} or more"
+            f"{smallest:,.0f} of {dense:,}; ask for {budget.kind}={least} or more"
         )
     removals = int(np.argmax(sizes <= limit))
     return Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)

@@ -213,7 +213,9 @@ class _Count:
         self.tokens = max((positions for positions, _ in self.macs), default=1)
 
     def _map(self, name: str) -> Any:
-        def hook(module: Map, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: Map, args: tuple[Tensor, ...], output: Any) -> None:
+            if not isinstance(output, Tensor):  # a subclass with a mind of its own
+                return
             inputs, outputs = features(module)
             rows = output.numel() // max(outputs, 1)
             self.order.setdefault(name, len(self.order))

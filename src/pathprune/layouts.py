@@ -75,6 +75,7 @@ MLPS = (
     ("ffw_layer_1", "", "ffw_layer_2"),
     ("up_proj.linear", "gate_proj.linear", "down_proj.linear"),
 )
+SUBLAYER_CLASS = re.compile(r"attention|attn|mlp|ffn|feed_?forward|mixer", re.IGNORECASE)
 MLP_CLASS = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 # Stacked parameters of experts, likewise; each is (experts, out, in), or (experts, in, out).
@@ -129,8 +130,18 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             refused[name] = "torch.nn.MultiheadAttention keeps its maps inside one function"
+        elif SUBLAYER_CLASS.search(type(module).__name__) and not any(_within(name, other) for other in refused):
+            maps = [m for m in order if _within(m, name)]
+            if len(maps) > 1 and not claimed.intersection(maps):
+                children = ", ".join(m[len(name) + 1 :] for m in maps[:6])
+                refused[name] = f"in no known layout: {children}{', ...' if len(maps) > 6 else ''}"
     found.sort(key=lambda candidate: min(order.get(module, len(order)) for module in candidate.modules))
     return found, refused
+
+
+def _within(name: str, other: str) -> bool:
+    """Whether a module is another or inside it."""
+    return name == other or name.startswith(f"{other}.")
 
 
 class _Misfit(Exception):
@@ -254,11 +265,21 @@ def _two(block: str, groups: int, qk: int, vo: int, slots: list[Slot], output: S
 def _head_counts(module: nn.Module, model: nn.Module) -> tuple[int, int]:
     """Numbers of query heads and of key heads, from the module or its configuration; zero where unknown."""
     for source in (module, getattr(module, "config", None), getattr(model, "config", None)):
-        heads = [getattr(source, name, None) for name in HEADS]
-        keys = [getattr(source, name, None) for name in KEY_HEADS]
-        if many := next((n for n in heads if isinstance(n, int) and n > 0), 0):
-            return many, next((n for n in keys if isinstance(n, int) and n > 0), many)
+        if many := _entry(source, HEADS):
+            return many, _entry(source, KEY_HEADS) or many
     return 0, 0
+
+
+def _entry(source: Any, names: tuple[str, ...]) -> int:
+    """The first of these sizes that a module or configuration has; zero if none."""
+    for name in names:
+        try:
+            value = getattr(source, name, None)
+        except Exception:  # configurations that differ from layer to layer have no answer, and errors of their own
+            continue
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
 
 
 def _widths(fused: int, heads: int, keys: int) -> list[int]:
