@@ -118,6 +118,26 @@ def test_torch_s_own_attention_is_refused_by_name() -> None:
     assert "MultiheadAttention" in refusal(nn.MultiheadAttention(8, 2))
 
 
+class OddAttention(nn.Module):
+    """Holds its weights in a way that no layout knows."""
+
+    def __init__(self, *, maps: bool) -> None:
+        super().__init__()
+        for name in ("a", "b"):
+            if maps:
+                self.add_module(name, nn.Linear(4, 4))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.zeros(4, 4)))
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_attention_that_no_layout_knows_is_refused_with_what_it_has(maps: bool) -> None:
+    order = {"block.a": 0, "block.b": 1} if maps else {}
+    found, refused = propose(nn.ModuleDict({"block": OddAttention(maps=maps)}), order)
+    assert not found
+    assert refused == {"block": "in no known layout: a, b"}
+
+
 def test_stacks_that_do_not_meet_are_refused() -> None:
     experts = nn.Module()
     experts.gate_up_proj = nn.Parameter(torch.zeros(3, 10, 8))

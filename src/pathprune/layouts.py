@@ -132,9 +132,10 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
             refused[name] = "torch.nn.MultiheadAttention keeps its maps inside one function"
         elif SUBLAYER_CLASS.search(type(module).__name__) and not any(_within(name, other) for other in refused):
             maps = [m for m in order if _within(m, name)]
-            if len(maps) > 1 and not claimed.intersection(maps):
-                children = ", ".join(m[len(name) + 1 :] for m in maps[:6])
-                refused[name] = f"in no known layout: {children}{', ...' if len(maps) > 6 else ''}"
+            weights = maps or [f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            if len(weights) > 1 and not claimed.intersection((name, *maps)):
+                children = ", ".join(weight[len(name) + 1 :] for weight in weights[:6])
+                refused[name] = f"in no known layout: {children}{', ...' if len(weights) > 6 else ''}"
     found.sort(key=lambda candidate: min(order.get(module, len(order)) for module in candidate.modules))
     return found, refused
 
