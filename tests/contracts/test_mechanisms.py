@@ -22,6 +22,7 @@ from pathprune.budget import Selection
 from pathprune.masks import masked
 from pathprune.pairs import PairList
 from pathprune.slicing import slice_model
+from subjects import padding
 
 EXACT = 1e-9
 VISIBLE = 1e-3
@@ -203,3 +204,13 @@ def test_dropout_acts_in_a_sliced_model_in_training_only() -> None:
         seeds.append(run(small, subject.inputs))
     assert gap(seeds[0], seeds[1]) == 0
     assert gap(seeds[0], seeds[2]) > VISIBLE
+
+
+@pytest.mark.parametrize("row", ["llama", "opt", "mistral", "gemma2", "bloom"])
+def test_pairs_do_not_depend_on_padding(row: str) -> None:
+    """Padding on the left, as decoders have it: tokens that attend to nothing, or to one another, prove nothing."""
+    subject = subject_of(row)
+    padded = {**subject.inputs, "attention_mask": padding(subject.inputs["input_ids"], left=True)}
+    pairs = pairs_of(subject.model, padded)
+    assert list(pairs) == list(subject.pairs)
+    assert pairs.refused == subject.pairs.refused
