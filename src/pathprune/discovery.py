@@ -67,6 +67,9 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
     batch = dict(inputs) if inputs is not None else example_inputs(model)
+    for name, mask in batch.items():
+        if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
+            batch[name] = torch.ones_like(mask)  # what padding attends to means nothing, and would disprove a fill
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters or (getattr(model, "can_generate", bool)() and "kwargs" in parameters):
         batch.setdefault("use_cache", False)  # a cache would grow from one run of a block to the next
