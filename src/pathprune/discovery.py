@@ -84,18 +84,21 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
             )
         found: dict[int, list[Pair]] = {}
         groups, calls = _capture(model, batch, candidates)
-        for alike in groups:
-            first = next((candidate for candidate in alike if candidate.block in calls), None)
-            if first is None or any(m not in count.positions for m in first.modules):
-                refused |= {candidate.block: "the forward pass of the input never called it" for candidate in alike}
-                continue
-            inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
-            columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
-            held, reasons = prove(inside, model.get_submodule(first.block), calls[first.block], columns)
-            for candidate in alike:
-                names = {pair.kind: pair.name for pair in candidate.choices[0]}
-                found[id(candidate)] = [_outside(pair, candidate.block, names[pair.kind]) for pair in held]
-                refused |= {names[kind]: reason for kind, reason in reasons.items()}
+        for fewer in (True, False):
+            for alike in groups:
+                first = next((candidate for candidate in alike if candidate.block in calls), None)
+                if first is None or any(m not in count.positions for m in first.modules):
+                    refused |= {candidate.block: "the forward pass of the input never called it" for candidate in alike}
+                    continue
+                inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
+                columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
+                scope = model.get_submodule(first.block)
+                held, reasons = prove(inside, scope, calls[first.block], columns, fewer=fewer)
+                for candidate in alike:
+                    names = {pair.kind: pair.name for pair in candidate.choices[0]}
+                    found[id(candidate)] = [_outside(pair, candidate.block, names[pair.kind]) for pair in held]
+                    refused |= {names[kind]: reason for kind, reason in reasons.items()}
+            groups = _disagreeing(groups, found)
     pairs = []
     for candidate in candidates:
         for pair in found.get(id(candidate), []):
@@ -106,6 +109,25 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
             f"{type(model).__name__}: found {len(candidates)} sublayers, none could be proved. {_reasons(refused)}"
         )
     return PairList(pairs, identify(model, *count.dense([p for p in pairs if p.stacked])), refused)
+
+
+def _disagreeing(groups: list[list[Candidate]], found: Mapping[int, list[Pair]]) -> list[list[Candidate]]:
+    """Groups of attentions that may have fewer heads, while others of the same maps may not.
+
+    Some layers hand on what they computed for every head (T5's position bias), and only the layers that are
+    handed it show that the number of heads must not change.
+    """
+
+    def maps(group: list[Candidate]) -> Any:
+        pairs = found.get(id(group[0]), [])
+        return tuple((pair.kind, pair.groups, pair.width, _inside(pair).slots) for pair in pairs if pair.kind != "mlp")
+
+    fixed = {maps(group) for group in groups if not all(pair.fewer for pair in found.get(id(group[0]), []))}
+    return [
+        group
+        for group in groups
+        if maps(group) in fixed and maps(group) and all(pair.fewer for pair in found[id(group[0])])
+    ]
 
 
 def _columns(call: Call | None) -> int:

@@ -79,6 +79,9 @@ class PathpruneConfig(QuantizationConfigMixin):
             "selection": copy.deepcopy(self.selection),
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathpruneConfig:
+        return self  # nothing changes it, and encoder-decoders copy their configuration at every forward pass
+
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
@@ -97,6 +100,7 @@ class PathpruneLoader(HfQuantizer):
         return []  # sliced models are saved under the names of their own modules, see `attach_record`
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        slicing.shape_attention(model, _below(model, self.quantization_config.record))
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = []
         model.is_quantized = False

@@ -88,39 +88,52 @@ class Bench:
                 return f"sliced and masked outputs differ by {gap:.1e} (relative; at most {TOLERANCE:.0e})"
             if trial == 0 and not _distance(before, expected) > TOLERANCE:
                 return "masking its units does not change its output"
+            if any(pair.kind == "vo" and pair.mixing for pair in members):
+                gap = _distance(expected, self._values_masked(members, masks))
+                if not gap <= TOLERANCE:
+                    return f"its values and what reads them do not belong together: outputs differ by {gap:.1e}"
         return None
 
+    def _values_masked(self, members: Sequence[Pair], masks: dict[str, Tensor]) -> Any:
+        """The output where values are masked by themselves, as if nothing stood between them and their reader."""
+        alone = [replace(pair, mixing=False) if pair.kind == "vo" else pair for pair in members]
+        with torch.no_grad(), attach_masks(self.scope, alone, masks):
+            return self.run(self.scope)
 
-def prove(candidate: Candidate, scope: nn.Module, call: Call, columns: int) -> tuple[list[Pair], dict[Kind, str]]:
+
+def prove(
+    candidate: Candidate, scope: nn.Module, call: Call, columns: int, *, fewer: bool = True
+) -> tuple[list[Pair], dict[Kind, str]]:
     """The pairs of a candidate, seen from its block, in the first form that holds; and refused kinds with the reason.
 
     Args:
         scope: the block.
         call: its arguments.
         columns: width of the cos and sin that the attention is handed by name; zero if it is not.
+        fewer: whether forms with fewer heads may be taken.
     """
     bench = Bench(scope, call)
     held: list[Pair] = []
     refused: dict[Kind, str] = {}
-    choices = candidate.choices
-    # Values show the layout of a fused map: nothing can stand between them and the output projection unseen.
-    for choice in choices:
+    for choice in candidate.choices:
         held, refused = _alone(bench, choice)
-        if len(held) == len(choice) and not (len(choices) > 1 and held[-1].mixing):
+        # What is masked at every map is exact in any layout: a fused one must show itself in the values or neurons.
+        shown = [pair for pair in held if pair.kind == "vo" or (pair.kind == "mlp" and not pair.mixing)]
+        if shown or len(candidate.choices) == 1:
             break
     else:
-        if len(choices) > 1:
-            held, refused = _alone(bench, choices[0])
+        reason = next(iter(refused.values()), "its neurons show in none")
+        return [], {pair.kind: f"fused in no known layout ({reason})" for pair in candidate.choices[0]}
     if not held:
         return [], refused
-    reason = None
-    for form in _forms(held, len(choices[0]), columns):
+    failure: str | None = None
+    for form in _forms(held, len(candidate.choices[0]), columns, fewer):
         if form == held and len(held) == 1:
             return held, refused  # already proved
-        reason = bench.refutes(form)
-        if reason is None:
+        failure = bench.refutes(form)
+        if failure is None:
             return form, refused
-    return [], {**refused, **{pair.kind: str(reason) for pair in held}}
+    return [], {**refused, **{pair.kind: str(failure) for pair in held}}
 
 
 def _alone(bench: Bench, choice: Sequence[Pair]) -> tuple[list[Pair], dict[Kind, str]]:
@@ -152,7 +165,7 @@ def _between(pair: Pair) -> Iterator[Pair]:
     yield replace(in_place, mixing=True)
 
 
-def _forms(held: list[Pair], expected: int, columns: int) -> Iterator[list[Pair]]:
+def _forms(held: list[Pair], expected: int, columns: int, may_be_fewer: bool) -> Iterator[list[Pair]]:
     """From what leaves the least behind to what is always right."""
     if held[0].stacked:
         yield held
@@ -167,10 +180,11 @@ def _forms(held: list[Pair], expected: int, columns: int) -> Iterator[list[Pair]
         width = held[0].width
         rotary = [pair for pair in held if pair.rotary]
         narrow = free and all(pair.width == width for pair in held) and (not rotary or columns in (width, width // 2))
-        for fewer in (True, False):
+        for fewer in (True, False) if may_be_fewer else (False,):
             for rescale in (False, True) if narrow else ():
                 yield [replace(pair, narrow=True, fewer=fewer, rescale=rescale) for pair in held]
-        yield [replace(pair, fewer=True) for pair in held]
+        if may_be_fewer:
+            yield [replace(pair, fewer=True) for pair in held]
     yield held
 
 

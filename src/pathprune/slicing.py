@@ -19,8 +19,8 @@ The shape of a sliced model is plain data, a *shape record*, written into its co
      "attributes": {name: {attribute: int}},
      "rotary":     {name: [positions of cos/sin that are left]}}
 
-``shape_modules`` applies a record to a freshly built model on any device, ``meta`` included:
-slicing and loading share it.
+``shape_modules`` gives a freshly built model on any device, ``meta`` included, the maps of a record, and
+``shape_attention`` the rest of it once weights have been loaded.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
         if pair.stacked and not selection.keep[pair.name].all():
             memo |= _sliced_stacks(model, pair, selection.keep[pair.name])
     small = copy.deepcopy(model, memo)
-    _shape_attention(small, record)
+    shape_attention(small, record)
     return small, record
 
 
@@ -485,7 +485,7 @@ def _sliced_stacks(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_]) ->
 
 
 def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a freshly built model the shapes of a record; weights are left uninitialised."""
+    """Give a freshly built model the maps of a record; weights are left uninitialised."""
     for name, shape in record["modules"].items():
         old = _map(model, name)
         _check_smaller(name, shape, old)
@@ -499,7 +499,6 @@ def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
                     f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {[*whole.shape]}"
                 )
             setattr(module, parameter, nn.Parameter(whole.new_empty(shape)))
-    _shape_attention(model, record)
 
 
 def _check_smaller(name: str, shape: Mapping[str, Any], old: Map) -> None:
@@ -520,7 +519,8 @@ def head_width(attention: nn.Module) -> Any:
     return next((getattr(attention, name) for name in WIDTHS if hasattr(attention, name)), None)
 
 
-def _shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
+def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give the attention of a model the sizes of a record, once it has its weights: initialising code reads sizes."""
     for name, columns in record["rotary"].items():
         width = head_width(model.get_submodule(name)) or 0
         if max(columns, default=0) >= width:
