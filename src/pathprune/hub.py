@@ -222,8 +222,11 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     for name, attributes in record["attributes"].items():
         if (
             not isinstance(attributes, Mapping)
-            or not set(attributes) <= slicing.SIZE_ATTRIBUTES
-            or not all(size(value) for value in attributes.values())
+            or not set(attributes) <= {*slicing.SIZE_ATTRIBUTES, *slicing.SCALES}
+            or not all(
+                isinstance(value, float) and 0 < value <= 1 if key in slicing.SCALES else size(value)
+                for key, value in attributes.items()
+            )
         ):
             raise ArtifactError(
                 f"the shape record of {name} sets {attributes!r}; only sizes of an attention may be set"

@@ -137,7 +137,10 @@ class _Maker:
     def candidates(self) -> Iterator[Inputs]:
         """Inputs to try, the fullest first."""
         if self.config is None or not hasattr(self.config, "to_dict"):
-            yield from self.plain_vision()
+            yield from self.plain_vision(self.model)
+            return
+        if hasattr(self.model, "timm_model"):  # transformers' wrapper, whose configuration has no sizes
+            yield from self.plain_vision(self.model.timm_model)
             return
         pictures: list[Any] = PICTURES if self.picture_name() else []
         recordings: list[Any] = RECORDINGS if {"input_features", "input_values"} & self.parameters.keys() else []
@@ -164,11 +167,11 @@ class _Maker:
                         yield self.make(picture, recording)
                         self.told = {}
 
-    def plain_vision(self) -> Iterator[Inputs]:
+    def plain_vision(self, model: nn.Module) -> Iterator[Inputs]:
         """Pictures for a model without a configuration of ``transformers``."""
-        cfg = getattr(self.model, "pretrained_cfg", None) or getattr(self.model, "default_cfg", None) or {}
+        cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         shape = dict(cfg).get("input_size", (3, 224, 224))
-        embed = getattr(self.model, "patch_embed", None)
+        embed = getattr(model, "patch_embed", None)
         size = getattr(embed, "img_size", None)
         name = next(iter(self.parameters))
         if size is not None:

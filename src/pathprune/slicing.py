@@ -51,6 +51,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhea
 TOTALS = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size", "d_model", "dim", "embed_size",
           "attn_dim", "attention_dim", "projection_size", "dim_attention")  # fmt: skip
 KEY_TOTALS = ("kv_dim",)
+SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root of the width
 SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
 
 Map = nn.Linear | Conv1D
@@ -182,7 +183,8 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
 
     check_base(model, selection.pairs)
     small, record = slice_modules(model, selection)
-    attach_record(small, record, selection)
+    if hasattr(small, "config"):
+        attach_record(small, record, selection)
     return small
 
 
@@ -318,11 +320,11 @@ def _columns(pair: Pair, keep: npt.NDArray[np.bool_], width: int) -> list[int]:
     return kept + [unit + pair.units for unit in kept]
 
 
-def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -> dict[str, int]:
+def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -> dict[str, int | float]:
     """Values of the attention module's own size attributes."""
     first = members[0]
     repeat = max(slot.repeat for pair in members for slot in pair.slots)
-    now: dict[str, int] = {}
+    now: dict[str, int | float] = {}
     for names, dense, value in (
         (WIDTHS, first.width, width),
         (KEY_HEADS, first.groups, groups),
@@ -331,6 +333,8 @@ def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -
         (KEY_TOTALS, first.groups * first.width, groups * width),
     ):
         now |= {name: value for name in names if getattr(attention, name, None) == dense}
+    if any(pair.rescale for pair in members):
+        now |= {name: width**-0.5 for name in SCALES if getattr(attention, name, None) == first.width**-0.5}
     return now
 
 
@@ -528,7 +532,8 @@ def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
     for name, attributes in record["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            if not isinstance(dense := getattr(module, attribute, None), int) or value > dense:
+            dense = getattr(module, attribute, None)
+            if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
                 raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
             setattr(module, attribute, value)
     for name, columns in record["rotary"].items():
