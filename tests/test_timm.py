@@ -20,6 +20,7 @@ from transformers import TimmWrapperModel as Wrapper
 import pathprune
 from conftest import Python, randomise, snapshot
 from pathprune.discovery import find_pairs
+from pathprune.errors import ArtifactError, UnsupportedModelError
 from pathprune.masks import masked
 from pathprune.pairs import PairList
 from pathprune.slicing import shape_modules, shape_record, slice_model
@@ -277,3 +278,19 @@ def test_the_whole_pipeline_runs_on_pictures_alone(bare: Subject) -> None:
         recovered = pathprune.recover(small, teacher=model, data=data, **settings)
         assert [p.shape for p in recovered.parameters()] == [p.shape for p in small.parameters()]
         assert gap(run(recovered, data[0]), run(small, data[0])) > 1e-4
+
+
+def test_a_bare_model_is_saved_and_loaded(bare: Subject, tmp_path: Path) -> None:
+    small = slice_model(bare.model, selection_of(bare.pairs, "uneven"))
+    pathprune.save_model(small, tmp_path / "small")
+    assert sorted(file.name for file in (tmp_path / "small").iterdir()) == ["model.safetensors", "pathprune.json"]
+    again = pathprune.load_model(create(bare.name), tmp_path / "small")
+    assert gap(bare.output(again), bare.output(small)) < 1e-14
+    pathprune.save_model(again, tmp_path / "small")  # over itself
+    for sliced in (small, again):
+        with pytest.raises(UnsupportedModelError, match="already sliced"):
+            find_pairs(sliced, bare.inputs)
+    with pytest.raises(ArtifactError, match="Build the model as it was built"):
+        pathprune.load_model(create(bare.name, num_classes=6), tmp_path / "small")
+    with pytest.raises(ArtifactError, match="give the folder that save_model wrote"):
+        pathprune.load_model(create(bare.name), tmp_path)

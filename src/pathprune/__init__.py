@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathprune.errors import MismatchError as MismatchError
     from pathprune.errors import PathpruneError as PathpruneError
     from pathprune.errors import UnsupportedModelError as UnsupportedModelError
+    from pathprune.hub import load_model as load_model
+    from pathprune.hub import save_model as save_model
     from pathprune.masks import masked as masked
     from pathprune.pairs import Pair as Pair
     from pathprune.pairs import PairList as PairList
@@ -42,8 +44,10 @@ _HOME = {
     "SolutionPath": "path",
     "UnsupportedModelError": "errors",
     "find_pairs": "discovery",
+    "load_model": "hub",
     "masked": "masks",
     "recover": "recovery",
+    "save_model": "hub",
     "search": "searching",
     "slice_model": "slicing",
 }

@@ -62,7 +62,10 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
     Raises:
         UnsupportedModelError: no pair was found or proved; the message says what was found.
     """
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if any(
+        getattr(owner, name, None) is not None
+        for owner, name in ((getattr(model, "config", None), "quantization_config"), (model, "pathprune"))
+    ):
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )

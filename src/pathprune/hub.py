@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers import auto
@@ -30,10 +31,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pathprune import slicing
 from pathprune.budget import Selection
-from pathprune.errors import ArtifactError
+from pathprune.errors import ArtifactError, MismatchError
 
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
+WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
 
 
 class PathpruneConfig(QuantizationConfigMixin):
@@ -117,16 +119,54 @@ class PathpruneLoader(HfQuantizer):
 
 
 def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -> None:
-    """Write a shape record into a sliced model's configuration."""
-    model.config.quantization_config = PathpruneConfig(record, selection.to_dict())
-    # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
-    model._weight_conversions = []
+    """Write a shape record into a sliced model's configuration; onto the model where it is of another library."""
+    config = PathpruneConfig(record, selection.to_dict())
+    if _of_transformers(model):
+        model.config.quantization_config = config
+        # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
+        model._weight_conversions = []
+    else:
+        model.pathprune = config
+
+
+def _of_transformers(model: Any) -> bool:
+    from transformers import PreTrainedModel  # late: its module is what imports this one
+
+    return isinstance(model, PreTrainedModel)
+
+
+def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Give a model of another library than transformers the shapes and weights that ``save_model`` wrote.
+
+    Args:
+        model: the dense model as its own library builds it; changed in place. Its weights do not matter.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ArtifactError: the folder holds no such model, or that of another architecture.
+    """
+    folder = Path(folder)
+    try:
+        config: Any = PathpruneConfig.from_dict(json.loads((folder / SHAPES).read_text(encoding="utf-8")))
+        slicing.shape_modules(model, config.record)
+        safetensors.torch.load_model(model, folder / WEIGHTS)
+    except (OSError, ValueError, AttributeError, MismatchError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot load {folder} into a {type(model).__name__}: {error}. "
+            "Build the model as it was built before it was searched, and give the folder that save_model wrote"
+        ) from error
+    model.pathprune = config
+    return model
 
 
 def save_model(
     model: Any, folder: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, card: str | None = None
 ) -> None:
     """``save_pretrained`` into a folder that is complete or not there at all.
+
+    A model of another library becomes ``model.safetensors`` and ``pathprune.json``; ``load_model`` reads them.
 
     Args:
         source: folder of the dense model, whose tokenizer and other small files come along.
@@ -137,7 +177,9 @@ def save_model(
     """
     folder = Path(os.path.abspath(folder))
     if (folder.exists() and not folder.is_dir()) or (
-        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in ("config.json", SHAPES))
     ):
         raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -145,7 +187,11 @@ def save_model(
         part.mkdir(parents=True)
         if source is not None and Path(source).is_dir():
             shutil.copytree(source, part, ignore=_weights, dirs_exist_ok=True)
-        model.save_pretrained(part)
+        if _of_transformers(model):
+            model.save_pretrained(part)
+        else:
+            safetensors.torch.save_model(model, str(part / WEIGHTS))
+            (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():

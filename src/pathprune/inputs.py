@@ -139,8 +139,8 @@ class _Maker:
         if self.config is None or not hasattr(self.config, "to_dict"):
             yield from self.plain_vision(self.model)
             return
-        if hasattr(self.model, "timm_model"):  # transformers' wrapper, whose configuration has no sizes
-            yield from self.plain_vision(self.model.timm_model)
+        if isinstance(wrapped := getattr(self.model, "timm_model", None), nn.Module):  # its configuration has no sizes
+            yield from self.plain_vision(wrapped)
             return
         pictures: list[Any] = PICTURES if self.picture_name() else []
         recordings: list[Any] = RECORDINGS if {"input_features", "input_values"} & self.parameters.keys() else []

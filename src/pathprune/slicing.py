@@ -183,8 +183,7 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
 
     check_base(model, selection.pairs)
     small, record = slice_modules(model, selection)
-    if hasattr(small, "config"):
-        attach_record(small, record, selection)
+    attach_record(small, record, selection)
     return small
 
 
