@@ -152,6 +152,7 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         config: Any = PathpruneConfig.from_dict(json.loads((folder / SHAPES).read_text(encoding="utf-8")))
         slicing.shape_modules(model, config.record)
         safetensors.torch.load_model(model, folder / WEIGHTS)
+        slicing.shape_attention(model, config.record)
     except (OSError, ValueError, AttributeError, MismatchError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot load {folder} into a {type(model).__name__}: {error}. "

@@ -97,12 +97,12 @@ class Bench:
             if trial == 0 and not max(map(_distance, before, expected)) > TOLERANCE:
                 return "masking its units does not change its output"
             if any(pair.kind == "vo" and pair.mixing for pair in members):
-                gap = _distance(expected, self._values_masked(members, masks))
+                gap = max(map(_distance, expected, self._values_masked(members, masks)))
                 if not gap <= TOLERANCE:
                     return f"its values and what reads them do not belong together: outputs differ by {gap:.1e}"
         return None
 
-    def _values_masked(self, members: Sequence[Pair], masks: dict[str, Tensor]) -> Any:
+    def _values_masked(self, members: Sequence[Pair], masks: dict[str, Tensor]) -> list[Any]:
         """The output where values are masked by themselves, as if nothing stood between them and their reader."""
         alone = [replace(pair, mixing=False) if pair.kind == "vo" else pair for pair in members]
         with torch.no_grad(), attach_masks(self.scope, alone, masks):
