@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, TimmWrapperConfig
 from transformers import TimmWrapperForImageClassification as Classifier
@@ -21,9 +20,10 @@ import pathprune
 from conftest import Python, randomise, snapshot
 from pathprune.discovery import find_pairs
 from pathprune.errors import ArtifactError, UnsupportedModelError
+from pathprune.hub import load_model, save_model
 from pathprune.masks import masked
 from pathprune.pairs import PairList
-from pathprune.slicing import shape_modules, shape_record, slice_model
+from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
 
 timm = pytest.importorskip("timm")
@@ -208,14 +208,9 @@ def test_gradients_reach_every_parameter(bare: Subject, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_bare_model_comes_back_from_its_shapes_and_weights(bare: Subject, case: str, tmp_path: Path) -> None:
     """Without a configuration to write into, shapes and weights are two files."""
-    selection = selection_of(bare.pairs, case)
-    small = slice_model(bare.model, selection)
-    save_file(small.state_dict(), tmp_path / "weights.safetensors")
-    (tmp_path / "shapes.json").write_text(json.dumps(shape_record(bare.model, selection)))
-
-    again = create(bare.name)
-    shape_modules(again, json.loads((tmp_path / "shapes.json").read_text()))
-    again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    small = slice_model(bare.model, selection_of(bare.pairs, case))
+    save_model(small, tmp_path / "small")
+    again = load_model(create(bare.name), tmp_path / "small")
     assert gap(bare.output(again), bare.output(small)) < 1e-14
 
 

@@ -209,12 +209,8 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
     return small, record
 
 
-def shape_record(model: nn.Module, selection: Selection) -> Record:
-    """The shapes that ``selection`` gives ``model``, as plain data."""
-    return _plan(model, selection)[1]
-
-
 def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Record]:
+    """What ``selection`` leaves of every map's axis, and the shapes of the sliced model."""
     record: Record = {"modules": {}, "parameters": {}, "attributes": {}, "rotary": {}}
     axes: dict[str, _Axis] = {}
     blocks: dict[str, list[Pair]] = {}
