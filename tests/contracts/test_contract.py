@@ -264,7 +264,7 @@ def test_no_static_cache_in_the_dense_model_either(row: Row) -> None:
 def test_attention_implementations_agree(subject: Subject) -> None:
     implementations = ["eager", "sdpa"] if subject.model._supports_sdpa else ["eager"]
     for case in ("uneven", "fewer heads", "no attention"):
-        selection, found = selection_of(subject.pairs, case), []
+        selection, found, own = selection_of(subject.pairs, case), [], []
         small = slice_model(subject.model, selection)
         for implementation in implementations:
             dense = with_attention(subject.model, implementation)
@@ -272,7 +272,9 @@ def test_attention_implementations_agree(subject: Subject) -> None:
             rounds = subject.row.rounds or implementation == "eager"  # many an eager softmax is in float32
             assert_masked(dense, small, selection, subject.inputs, subject.row, f"{case}: {implementation}", rounds)
             found.append(run(small, subject.inputs))
-        assert gap(found[0], found[-1]) < SINGLE, case
+            own.append(run(dense, subject.inputs))
+        if gap(own[0], own[-1]) < SINGLE:  # else transformers' own differ: soft-capping in older releases' SDPA
+            assert gap(found[0], found[-1]) < SINGLE, case
 
 
 def test_torch_compile(subject: Subject) -> None:
