@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from pathprune.artifact import write_text
 from pathprune.budget import Budget
 from pathprune.data import Batch, tokenized
-from pathprune.discovery import evaluating
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
 from pathprune.hub import save_model
+from pathprune.modes import evaluating
 from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report

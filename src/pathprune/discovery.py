@@ -12,8 +12,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
+from pathprune.modes import evaluating
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, prove
 from pathprune.slicing import Map, attention_of, features, is_map
@@ -198,18 +198,6 @@ def check_base(model: nn.Module, pairs: PairList) -> None:
 
 def _reasons(refused: Mapping[str, str]) -> str:
     return "".join(f"{name}: {reason}. " for name, reason in list(refused.items())[:5])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the training flags come back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Count:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pathprune.budget import Selection
 from pathprune.data import Batches
-from pathprune.discovery import evaluating
+from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets, get_objective
 from pathprune.outputs import samples
 from pathprune.pairs import PairList

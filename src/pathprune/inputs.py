@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.errors import UnsupportedModelError
+from pathprune.modes import evaluating
 
 WORDS = 8  # tokens of a text
 SIDE = 64  # pixels of a picture whose size the configuration leaves open
@@ -54,9 +55,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
         UnsupportedModelError: no input of a known kind runs; the message has the model's error.
     """
     first: Exception | None = None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         tried = set()
         maker = _Maker(model, batch)
         for inputs in maker.candidates():
@@ -74,9 +73,6 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
                 maker.heed(error)
                 continue
             return inputs
-    finally:
-        for module in training:
-            module.training = True
     names = ", ".join(_parameters(model))
     reason = f"{type(first).__name__}: {first}" if first else "no parameter of a known kind"
     raise UnsupportedModelError(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathprune.discovery import evaluating
 from pathprune.errors import DataError
+from pathprune.modes import evaluating
 from pathprune.outputs import Batch, last_hidden, pooled, real_tokens, samples, towers
 
 TARGET_CACHE_BYTES = 2**30

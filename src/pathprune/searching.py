@@ -19,10 +19,11 @@ from pathprune.artifact import read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
 from pathprune.data import Batches, check_finite
-from pathprune.discovery import evaluating, find_pairs
+from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
+from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import PairList

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pathprune.data import Batches
-from pathprune.discovery import evaluating
 from pathprune.errors import DataError, MismatchError
+from pathprune.modes import evaluating
 from pathprune.objectives import Targets
 from pathprune.recovery.closed_form import least_squares
 from pathprune.recovery.distill import distill
