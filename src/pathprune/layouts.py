@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pathprune.pairs import Layout, Pair, Slot
-from pathprune.slicing import HEADS, KEY_HEADS, Map, features, head_width, is_map
+from pathprune.slicing import HEADS, KEY_HEADS, features, head_width, is_map, linear_map
 
 # Children of an attention module: query, key, value.
 SEPARATE = (
@@ -105,7 +105,7 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
     """Candidates in the order of the forward pass, and sublayers that look prunable but do not fit, with the reason.
 
     Args:
-        order: map -> when it was first called in a forward pass.
+        order: map -> when it was first called in a forward pass, the first first.
     """
     found: list[Candidate] = []
     refused: dict[str, str] = {}
@@ -154,8 +154,8 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
     if not maps:
         return None
     heads, keys = _head_counts(module, model)
-    first = features(_map(model, maps[0]))[1]
-    last = [features(_map(model, m))[1] for m in maps]
+    first = features(linear_map(model, maps[0]))[1]
+    last = [features(linear_map(model, m))[1] for m in maps]
     width = head_width(module)
     if kinds == "separate":
         whole = last[2] * last[0] // max(last[1], 1)
@@ -171,7 +171,7 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
     output = _output(model, name, maps, wanted, order)
     if output is None:
         raise _Misfit(f"no linear map reads the attention's {' or '.join(map(str, sorted(wanted)))} features")
-    out_in, _out_size = features(_map(model, output))
+    out_in = features(linear_map(model, output))[0]
     if not isinstance(width, int) or width < 1 or (kinds == "separate" and (last[0] % width or last[1] % width)):
         if not heads:
             raise _Misfit("no head width and no number of heads is known")
@@ -180,10 +180,11 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
     if kinds == "separate":
         q, k, v = last
         gated = 2 * out_in == whole
-        groups, repeat = k // width, q // max(k, 1) // (2 if gated else 1)
+        parts = 2 if gated else 1
+        groups, repeat = k // width, q // max(k, 1) // parts
         if (
             k % width
-            or q != repeat * k * (2 if gated else 1)
+            or q != repeat * k * parts
             or not groups
             or v % groups
             or out_in != repeat * v
@@ -195,7 +196,7 @@ def _attention(model: nn.Module, name: str, module: nn.Module, order: Mapping[st
             slots[0] = replace(slots[0], layout="turns", total=2 * repeat)
             slots.append(replace(slots[0], start=1))
         return Candidate(block, (_two(block, groups, width, v // groups, slots, _slot(model, output, repeat, "in")),))
-    total, groups = last[-1] // width, 0
+    total = last[-1] // width
     if kinds == "half":
         groups, repeat = total // 2, first // max(last[-1] // 2, 1)
         fits = last[-1] == 2 * groups * width and first == out_in == repeat * groups * width
@@ -230,8 +231,11 @@ def _latent_attention(model: nn.Module, name: str, module: nn.Module, order: Map
     heads = _head_counts(module, model)[0]
     if not (query and both and output and heads and isinstance(plain, int) and isinstance(value, int)):
         return None
-    whole = features(_map(model, query))[1] // heads
-    if features(_map(model, both))[1] != heads * (plain + value) or features(_map(model, output))[0] != heads * value:
+    whole = features(linear_map(model, query))[1] // heads
+    if (
+        features(linear_map(model, both))[1] != heads * (plain + value)
+        or features(linear_map(model, output))[0] != heads * value
+    ):
         raise _Misfit(f"widths do not meet: {heads} heads of {plain} and {value}")
     q = replace(_slot(model, query), layout="rows", total=whole)
     k = replace(_slot(model, both), layout="rows", total=plain + value)
@@ -251,7 +255,9 @@ def _inputs(model: nn.Module, name: str) -> tuple[list[str], str]:
         if all(maps):
             return [m for m in maps if m], "half"
     for child in FUSED:
-        if (fused := _child(model, name, child)) and features(_map(model, fused))[1] > features(_map(model, fused))[0]:
+        if (fused := _child(model, name, child)) and features(linear_map(model, fused))[1] > features(
+            linear_map(model, fused)
+        )[0]:
             return [fused], "fused"
     return [], ""
 
@@ -294,9 +300,9 @@ def _output(model: nn.Module, name: str, maps: list[str], wanted: set[int], orde
     named = [_child(model, name, child) for child in OUTPUT] + [_child(model, beside, child) for child in OUTPUT_BESIDE]
     after = max(order.get(m, -1) for m in maps)
     scope = f"{beside}." if beside else ""
-    called = [m for m in sorted(order, key=lambda m: order[m]) if order[m] > after and m.startswith(scope)]
+    called = [m for m in order if order[m] > after and m.startswith(scope)]
     for candidate in (*named, *called):
-        if candidate and candidate not in maps and features(_map(model, candidate))[0] in wanted:
+        if candidate and candidate not in maps and features(linear_map(model, candidate))[0] in wanted:
             return candidate
     return None
 
@@ -310,29 +316,28 @@ def _mlp(model: nn.Module, name: str, module: nn.Module, order: Mapping[str, int
         if _meet(model, maps):
             return _neurons(model, maps)
         if up in ("up_proj", "gate_up_proj", "fc1", "intermediate.dense", "dense_h_to_4h"):
-            widths = [features(_map(model, m)) for m in maps]
+            widths = [features(linear_map(model, m)) for m in maps]
             raise _Misfit(f"widths do not meet: up {[w[1] for w in widths[:-1]]}, down {widths[-1][0]}")
     if MLP_CLASS.search(type(module).__name__) or MLP_CLASS.search(name.rpartition(".")[2]):
         maps = [m for m in order if m.startswith(f"{name}.")]
-        maps.sort(key=lambda m: order[m])
         if len(maps) in (2, 3) and _meet(model, maps):
             return _neurons(model, maps)
     return None
 
 
 def _meet(model: nn.Module, maps: list[str]) -> bool:
-    *ups, down = (features(_map(model, m)) for m in maps)
+    *ups, down = (features(linear_map(model, m)) for m in maps)
     wide = {up[1] for up in ups}
     return wide == {down[0]} or (len(ups) == 1 and wide == {2 * down[0]})
 
 
 def _neurons(model: nn.Module, maps: list[str]) -> Candidate:
-    *ups, down = (_slot(model, m) for m in maps)
-    width = features(_map(model, maps[-1]))[0]
+    ups = [_slot(model, m) for m in maps[:-1]]
+    width = features(linear_map(model, maps[-1]))[0]
     down = _slot(model, maps[-1], side="in")
     block = _common(maps)
     label = block if block.endswith("mlp") else f"{block}.mlp".lstrip(".")
-    if features(_map(model, maps[0]))[1] == width:
+    if features(linear_map(model, maps[0]))[1] == width:
         return Candidate(block, ((Pair(label, "mlp", block, 1, width, (*ups, down)),),))
     layouts: tuple[Layout, ...] = ("blocks", "dims")
     halves = [[replace(ups[0], start=i, total=2, layout=layout) for i in (0, 1)] for layout in layouts]
@@ -385,7 +390,7 @@ def _experts(name: str, module: nn.Module, stacked: list[tuple[str, str, Any]]) 
 
 
 def _slot(model: nn.Module, name: str, repeat: int = 1, side: Any = "out") -> Slot:
-    module = _map(model, name)
+    module = linear_map(model, name)
     size = features(module)[0 if side == "out" else 1]
     return Slot(name, side, size, repeat, module.bias is not None)
 
@@ -397,11 +402,6 @@ def _child(model: nn.Module, name: str, child: str) -> str | None:
         return full if is_map(model.get_submodule(full)) else None
     except AttributeError:
         return None
-
-
-def _map(model: nn.Module, name: str) -> Map:
-    module: Any = model.get_submodule(name)
-    return module
 
 
 def _common(names: list[str]) -> str:

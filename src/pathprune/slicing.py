@@ -191,8 +191,13 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
     axes, record = _plan(model, selection)
     memo: dict[int, Any] = {}
-    for name, (weight, bias) in _sliced_tensors(model, selection, axes).items():
-        old = _map(model, name)
+    parts: dict[str, list[tuple[Pair, Slot]]] = {}
+    for pair in selection.pairs:
+        for slot in pair.slots:
+            parts.setdefault(slot.module, []).append((pair, slot))
+    for name, axis in axes.items():
+        old = linear_map(model, name)
+        weight, bias = _sliced(old, axis, parts[name], selection)
         new = _sized(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
@@ -227,7 +232,7 @@ def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Rec
         else:
             _plan_attention(model, selection, members, axes, record)
     for name, axis in axes.items():
-        record["modules"][name] = _shape(_map(model, name), axis)
+        record["modules"][name] = _shape(linear_map(model, name), axis)
     for pair in selection.pairs:
         if pair.name in selection.fill and pair.consumer.module in axes:
             record["modules"][pair.consumer.module]["bias"] = True
@@ -291,7 +296,7 @@ def _place(
     if pair.fewer:
         g = (np.cumsum(keep.any(axis=1)) - 1)[:, None]
     for slot in pair.slots:
-        dense = features(_map(model, slot.module))[slot.side == "out"]
+        dense = features(linear_map(model, slot.module))[slot.side == "out"]
         whole = (pair.narrow and width != pair.width) or (pair.fewer and groups != pair.groups)
         size = slot.total * groups * width if whole else dense
         axis = axes.setdefault(slot.module, _Axis(slot.side, dense, size, width))
@@ -346,7 +351,7 @@ def attention_of(model: nn.Module, pair: Pair) -> str:
 
 def is_map(module: nn.Module) -> bool:
     """Whether a module is a linear map of one vector."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, Map)
 
 
 def features(module: Map) -> tuple[int, int]:
@@ -354,9 +359,14 @@ def features(module: Map) -> tuple[int, int]:
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
-def _map(model: nn.Module, name: str) -> Map:
+def linear_map(model: nn.Module, name: str) -> Map:
+    """The map of that name.
+
+    Raises:
+        MismatchError: it is none.
+    """
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not isinstance(module, Map):
         raise MismatchError(f"{name} is a {type(module).__name__}, not a linear map; the shapes are of another model")
     return module
 
@@ -384,50 +394,38 @@ def _blocks(new: Ints, size: int) -> Record | None:
     return {"blocks": len(starts), "width": width, "padded": padded}
 
 
-def _sliced_tensors(
-    model: nn.Module, selection: Selection, axes: Mapping[str, _Axis]
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of every map that is sliced, in its own orientation; rotations and fills computed in float64."""
-    tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for name in axes:
-        module = _map(model, name)
-        tensors[name] = (axis_first(module.weight.detach(), module, axes[name].side), module.bias)
-    for pair in selection.pairs:
-        if pair.stacked or pair.slots[0].module not in axes:
-            continue
+def _sliced(
+    module: Map, axis: _Axis, parts: list[tuple[Pair, Slot]], selection: Selection
+) -> tuple[Tensor, Tensor | None]:
+    """What is left of a map's weight and bias, in its own orientation; rotations and fills computed in float64."""
+    weight = axis_first(module.weight.detach(), module, axis.side)
+    bias = None if module.bias is None else module.bias.detach()
+    for pair, slot in parts:
         basis = selection.basis.get(pair.name)
-        for slot in pair.slots:
-            weight, bias = tensors[slot.module]
-            if basis is not None:
-                matrix = torch.from_numpy(basis).double()
-                # The masked side takes A, its partner A^-T, so that products do not change.
-                side = matrix if slot == pair.mask_slot else torch.linalg.inv(matrix).mT
-                weight = _rotate(weight, side, pair, slot)
-                if slot.side == "out" and bias is not None:
-                    bias = _rotate(bias.detach(), side, pair, slot)
-            if pair.rescale and slot == pair.slots[0] and pair.kind == "qk":
-                index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
-                factor = math.sqrt(axes[slot.module].width / pair.width)
-                weight = weight.index_copy(0, index, weight[index] * factor)
-                if bias is not None:
-                    bias = bias.detach().index_copy(0, index, bias.detach()[index] * factor)
-            if slot == pair.consumer and slot.side == "in" and pair.name in selection.fill:
-                gone = torch.from_numpy(pair.positions(slot, ~selection.keep[pair.name])).to(weight.device)
-                fill = torch.from_numpy(selection.fill[pair.name]).double().to(weight.device)
-                lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
-                every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
-                old = torch.zeros(()) if bias is None else bias.detach()
-                bias = (
-                    old.to(weight.device).double() + every[lost.unsqueeze(1).expand_as(every)] @ weight.double()[gone]
-                )
-            tensors[slot.module] = (weight, bias)
-    for name, (weight, bias) in tensors.items():
-        module, axis = _map(model, name), axes[name]
-        kept = torch.from_numpy(axis.places()[0]).to(weight.device)
-        if bias is not None and axis.side == "out":
-            bias = bias[kept]
-        tensors[name] = (axis_first(weight[kept], module, axis.side), bias)
-    return tensors
+        if basis is not None:
+            matrix = torch.from_numpy(basis).double()
+            # The masked side takes A, its partner A^-T, so that products do not change.
+            side = matrix if slot == pair.mask_slot else torch.linalg.inv(matrix).mT
+            weight = _rotate(weight, side, pair, slot)
+            if slot.side == "out" and bias is not None:
+                bias = _rotate(bias, side, pair, slot)
+        if pair.rescale and pair.kind == "qk" and slot == pair.slots[0]:
+            index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
+            factor = math.sqrt(axis.width / pair.width)
+            weight = weight.index_copy(0, index, weight[index] * factor)
+            if bias is not None:
+                bias = bias.index_copy(0, index, bias[index] * factor)
+        if slot == pair.consumer and slot.side == "in" and pair.name in selection.fill:
+            gone = torch.from_numpy(pair.positions(slot, ~selection.keep[pair.name])).to(weight.device)
+            fill = torch.from_numpy(selection.fill[pair.name]).double().to(weight.device)
+            lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
+            every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
+            added = every[lost.unsqueeze(1).expand_as(every)] @ weight[gone].double()
+            bias = added if bias is None else bias.double() + added
+    kept = torch.from_numpy(axis.places()[0]).to(weight.device)
+    if bias is not None and axis.side == "out":
+        bias = bias[kept]
+    return axis_first(weight[kept], module, axis.side), bias
 
 
 def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
@@ -486,7 +484,7 @@ def _sliced_stacks(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_]) ->
 def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give a freshly built model the maps of a record; weights are left uninitialised."""
     for name, shape in record["modules"].items():
-        old = _map(model, name)
+        old = linear_map(model, name)
         _check_smaller(name, shape, old)
         model.set_submodule(name, _sized(old, shape, old.weight.device))
     for name, shapes in record["parameters"].items():
