@@ -98,7 +98,7 @@ class PathpruneLoader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         slicing.shape_modules(model, _below(model, self.quantization_config.record))
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> list[Any]:  # 5.20 gives no model
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         return []  # sliced models are saved under the names of their own modules, see `attach_record`
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:

@@ -40,7 +40,6 @@ class Row:
         generates: whether it is a decoder whose tokens are compared with and without cache.
         rounds: what the model computes in float32 even when it is in float64. Its sliced and masked outputs
             then differ by float32's rounding, and only without that rounding not at all.
-        exact: relative difference up to which outputs in float64 are the same.
         experts: how a mixture of experts is computed; ``transformers``' default has no float64.
         cannot: what the *dense* model cannot do -> a piece of the error that it raises, and the tests
             assert that it still does. Keys: ``export``, ``compile``, ``static cache``.
@@ -55,7 +54,6 @@ class Row:
     share: float = 0.3
     generates: bool = False
     rounds: str = ""
-    exact: float = 1e-9
     experts: str | None = None
     cannot: Mapping[str, str] = field(default_factory=dict)
 
@@ -297,9 +295,6 @@ def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in names}
 
 
-# Up to transformers 5.22, DeBERTa-v2 rounds in functions that are compiled by TorchScript, out of Float64's reach.
-TORCHSCRIPT = 1e-7
-
 ROWS = [
     # Vision.
     encoder("vit", "ViTModel", VIT, inputs=image),
@@ -437,15 +432,13 @@ ROWS = [
         "DebertaV2Model",
         {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
         | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
-        exact=TORCHSCRIPT,
     ),
     encoder(
         "deberta-v2 with maps of positions",
         "DebertaV2Model",
         {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 4},
-        exact=TORCHSCRIPT,
     ),
-    encoder("deberta-v2 absolute", "DebertaV2Model", BERT, exact=TORCHSCRIPT),
+    encoder("deberta-v2 absolute", "DebertaV2Model", BERT),
     encoder(
         "modernbert",
         "ModernBertModel",
