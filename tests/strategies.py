@@ -99,6 +99,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
         return rng.normal(size=shape).astype(np.float32)
 
     some = [pair for pair in family.pairs if draw(st.booleans())]
+    slope = {pair.name: floats(*pair.shape) for pair in some if pair.scalable}
     return SolutionPath(
         family.pairs,
         family.ranking,
@@ -107,6 +108,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
         seq_len=draw(st.integers(1, 512)),
         fill={pair.name: floats(pair.groups, pair.width) for pair in some if pair.fillable},
         basis={pair.name: floats(pair.groups, pair.width, pair.width) for pair in some if pair.rotatable},
+        slope=slope,
         trajectory=Trajectory(floats(steps), floats(steps), floats(steps, len(family.pairs))),
         config={"steps": steps, "nested": {"note": draw(st.text(max_size=5))}},
         versions={"pathprune": "0"},
@@ -135,7 +137,7 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
     Args:
         case: one of ``CASES`` (all but the first and the last have unequal query-key and value widths)
             or of ``EXTREMES``.
-        constants: with fills and well-conditioned rotations, wherever the pairs allow them.
+        constants: with fills, scales and well-conditioned rotations, wherever the pairs allow them.
     """
 
     rng = np.random.default_rng(seed)
@@ -144,14 +146,16 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
         keep = path.select(Budget(keep=0.5)).keep
     else:
         keep = _rectangles(pairs, case, rng)
-    fill, basis = {}, {}
+    fill, basis, scale = {}, {}, {}
     for pair in pairs if constants else []:
         if pair.fillable:
             fill[pair.name] = rng.normal(size=(pair.groups, pair.width)).astype(np.float32)
         if pair.rotatable:
             q, _ = np.linalg.qr(rng.normal(size=(pair.groups, pair.width, pair.width)))
             basis[pair.name] = (q * rng.uniform(0.5, 2, size=(pair.groups, 1, pair.width))).astype(np.float32)
-    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis)
+        if pair.scalable:
+            scale[pair.name] = rng.uniform(0.5, 2, size=pair.shape).astype(np.float32)
+    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale)
 
 
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:

@@ -237,15 +237,33 @@ def test_the_gate_is_the_slope_of_a_sigmoid() -> None:
     torch.testing.assert_close(gate, gate.flip(0))
 
 
-SETTINGS = {"lam": 0.5, "temperature": 0.05, "weight": 1.0, "lr": 0.01, "fill_lr": 0.02}
+SETTINGS = {"lam": 0.5, "temperature": 0.05, "weight": 1.0, "lr": 0.01, "fill_lr": 0.02, "slope_lr": 0.03}
+SETTINGS |= {"cost": torch.ones(5), "room": torch.ones(5)}
 
 
-def test_a_sampled_step_goes_down_the_gradient_near_the_threshold_only() -> None:
+def test_a_sampled_step_trades_units_near_the_threshold_only() -> None:
     start = sampled_init(torch.arange(5.0))._replace(dual=torch.tensor([-1.0, 0.45, 0.5, 0.55, 2.0]))
-    for sign in (1.0, -1.0):
-        moved = sampled_step(start, torch.full((5,), 0.01 * sign), torch.zeros(5), **SETTINGS).dual - start.dual
-        assert (moved[1:4] * sign < -0.009).all()
-        assert (moved[[0, 4]].abs() < 1e-5).all()
+    grad = torch.tensor([-1.0, -0.01, -0.02, -0.03, -1.0])  # all are worth something, the fourth most
+    moved = sampled_step(start, grad, torch.zeros(5), **SETTINGS).dual - start.dual
+    torch.testing.assert_close(moved[[1, 3]], torch.tensor([-0.01, 0.01]), rtol=1e-3, atol=0)
+    assert moved[2].abs() < 1e-4, "worth its price"
+    assert (moved[[0, 4]].abs() < 1e-4).all()
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=5, max_size=5), st.floats(-10, 10))
+def test_units_worth_the_same_for_their_cost_stay_where_they_are(costs: list[float], worth: float) -> None:
+    start, cost = sampled_init(torch.arange(5.0)), torch.tensor(costs)
+    moved = sampled_step(start, worth * cost, torch.zeros(5), **{**SETTINGS, "cost": cost}).dual - start.dual
+    assert moved.abs().max() < 1e-6
+
+
+def test_the_price_balances_the_budget() -> None:
+    """To first order the step changes no size: what moves in costs what moves out."""
+    start, cost = sampled_init(torch.arange(5.0)), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    grad = torch.tensor([0.3, -1.0, 0.2, 2.0, -3.0])
+    first = sampled_step(start, grad, torch.zeros(5), **{**SETTINGS, "cost": cost}).dual_adam.first
+    torch.testing.assert_close((first * cost).sum(), torch.tensor(0.0), rtol=0, atol=1e-12)
+    assert first.abs().max() > 1e-3
 
 
 def test_a_sampled_step_moves_fills_everywhere_and_duals_without_gradient_nowhere() -> None:
@@ -256,21 +274,27 @@ def test_a_sampled_step_moves_fills_everywhere_and_duals_without_gradient_nowher
     torch.testing.assert_close(step.dual, start.dual, check_dtype=False)
 
 
+def test_slopes_move_where_they_have_room() -> None:
+    start, room = sampled_init(torch.arange(5.0)), torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0])
+    step = sampled_step(start, torch.tensor([1.0, 1.0, -1.0, 0.0, 1.0]), torch.zeros(5), **{**SETTINGS, "room": room})
+    torch.testing.assert_close(step.slope, torch.tensor([0, -0.03, 0.03, 0, 0]), check_dtype=False)
+
+
 def test_the_level_s_weight_scales_what_adam_remembers() -> None:
     start = sampled_init(torch.arange(5.0))
-    ones = torch.ones(5)
-    light, heavy = (sampled_step(start, ones, ones, **{**SETTINGS, "weight": w}) for w in (1.0, 3.0))
-    torch.testing.assert_close(heavy.dual_adam.first, 3 * light.dual_adam.first)
-    torch.testing.assert_close(heavy.fill_adam.first, 3 * light.fill_adam.first)
+    grad = torch.arange(5.0)
+    light, heavy = (sampled_step(start, grad, grad, **{**SETTINGS, "weight": w}) for w in (1.0, 3.0))
+    for part in ("dual_adam", "fill_adam", "slope_adam"):
+        torch.testing.assert_close(getattr(heavy, part).first, 3 * getattr(light, part).first)
 
 
 def test_steps_return_new_states() -> None:
     grad = torch.ones(4)
     lbi, released, sampled = lbi_init(4), released_init(4), sampled_init(torch.arange(4.0))
-    tensors = [*lbi, *released[:3], *released.adam[:2], *sampled[:2], *sampled.dual_adam[:2], *sampled.fill_adam[:2]]
+    tensors = [*lbi, *released[:3], *released.adam[:2], *sampled[:3], *sampled.dual_adam[:2], *sampled.fill_adam[:2]]
     before = [tensor.clone() for tensor in tensors]
     lbi_step(lbi, grad, nu=1, kappa=1, alpha=1, lam=0.1)
     released_step(released, grad, lr=1)
-    sampled_step(sampled, grad, grad, **SETTINGS)
+    sampled_step(sampled, grad, grad, **{**SETTINGS, "cost": grad, "room": grad})
     assert all(torch.equal(tensor, other) for tensor, other in zip(tensors, before, strict=True))
     assert grad.tolist() == [1, 1, 1, 1]

@@ -54,10 +54,10 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
     original = searching._Run._step
 
     def spy(self: Any, batch: Any) -> Any:
-        dual = self.driver.ranking().clone()
+        path = self.path(self.driver.ranking().clone(), self.driver.slope().clone())
         result = original(self, batch)
-        masks = {name: mask.detach().bool().numpy() for name, mask in self.masks.items()}
-        visited.append((self.path(dual), self.level[-1], masks))
+        masks = {name: mask.detach().numpy() for name, mask in self.masks.items()}
+        visited.append((path, self.level[-1], masks))
         return result
 
     monkeypatch.setattr(searching._Run, "_step", spy)
@@ -65,8 +65,9 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
     assert len({level for _, level, _ in visited}) == len(visited) == 11
     for path, level, masks in visited:
         shipped = path.select(Budget(keep=level))
-        for name, keep in shipped.keep.items():
-            np.testing.assert_array_equal(masks[name], keep)
+        for pair in path.pairs:
+            np.testing.assert_array_equal(masks[pair.name], shipped.mask(pair).astype(np.float32))
+    assert any(len(np.unique(mask)) > 2 for mask in visited[-1][2].values()), "masks were scaled"
 
 
 def test_the_ranking_follows_the_loss() -> None:

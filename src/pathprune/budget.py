@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,9 @@ class Selection:
             folded into the consumer's bias when the model is sliced. Pairs without one are absent.
         basis: pair name -> (G, D, D), rotation of the pair's heads before units are counted
             (``pathprune.basis``). Pairs without one are absent.
+        scale: pair name -> (G, U), what the activation of a unit that stays is multiplied by (its distance from
+            the fill, where there is one); folded into the consumer's weights. Counts only where a pair loses
+            units; 1 for pairs without one.
         budget: what was asked for.
         removals: how far along the path's order this selection lies.
         seq_len: sequence length, in tokens, at which ``macs`` is counted.
@@ -91,6 +94,14 @@ class Selection:
     seq_len: int = 128
     fill: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     basis: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    scale: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+
+    def mask(self, pair: Pair) -> npt.NDArray[np.float64]:
+        """(G, U), what each unit of ``pair`` is multiplied by: zero, or its scale."""
+        mask = self.keep[pair.name].astype(np.float64)
+        if pair.name in self.scale and not mask.all():
+            mask *= self.scale[pair.name]
+        return mask
 
     def kept(self, pair: Pair) -> int:
         """Units of ``pair`` that stay."""
@@ -105,6 +116,11 @@ class Selection:
     def pair_params(self) -> int:
         """Prunable parameters that stay."""
         return sum(self.kept(pair) * pair.unit_params for pair in self.pairs)
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the prunable parameters that stays."""
+        return self.pair_params / self.pairs.prunable_params
 
     @property
     def params(self) -> int:
@@ -125,7 +141,7 @@ class Selection:
         return {
             "budget": str(self.budget) if self.budget else None,
             "prunable_params_kept": self.pair_params,
-            "prunable_params_kept_fraction": self.pair_params / self.pairs.prunable_params,
+            "prunable_params_kept_fraction": self.fraction,
             "params": self.params,
             "params_fraction_of_whole_model": self.params / base.params,
             "macs_per_token": self.macs,
@@ -186,4 +202,5 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
             f"{smallest:,.0f} of {dense:,}; ask for {budget.kind}={least} or more"
         )
     removals = int(np.argmax(sizes <= limit))
-    return Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)
+    selection = Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)
+    return replace(selection, scale={name: 1 + (1 - selection.fraction) * a for name, a in path.slope.items()})

@@ -8,7 +8,7 @@ fills, and in the end ranks the units. It keeps all that changes, and all that w
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,18 +21,33 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 State = dict[str, Tensor]
 
 
+class Visited(NamedTuple):
+    """One size of the family.
+
+    Attributes:
+        mask: (N,), what each unit is multiplied by.
+        room: (N,), derivative of the mask with respect to the slope.
+        edge: the ranking's value where the cut was made.
+    """
+
+    mask: Tensor
+    room: Tensor
+    edge: float
+
+
 class Visit(Protocol):
     """What a driver may ask of the search: the family that a ranking gives."""
 
-    def __call__(self, ranking: Tensor, level: float) -> tuple[Tensor, float]:
-        """(N,) hard mask of the selection that keeps ``level``, and the ranking's value at its edge."""
+    def __call__(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
+        """What the family would ship at ``level``."""
 
 
 class Sampled:
     """Each step visits one random size of the family, exactly as it would ship."""
 
-    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
         self.config, self.state, self.visit = config, state, visit
+        self.cost = params / params.float().mean()
 
     @staticmethod
     def begin(config: Any, probes: Tensor, params: Tensor) -> State:
@@ -46,8 +61,8 @@ class Sampled:
 
     def mask(self, step: int) -> tuple[Tensor, float]:
         level = self.level(step)
-        mask, self.lam = self.visit(self.state["dual"], level)
-        return mask, level
+        self.visited = self.visit(self.state["dual"], self.state["slope"], level)
+        return self.visited.mask, level
 
     def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
         cool = 0.5 * (1 + math.cos(math.pi * step / self.config.path_steps))
@@ -55,16 +70,22 @@ class Sampled:
             inclusion.SampledState(
                 self.state["dual"],
                 self.state["fill"],
-                inclusion.Adam(self.state["dual_first"], self.state["dual_second"], step),
-                inclusion.Adam(self.state["fill_first"], self.state["fill_second"], step),
+                self.state["slope"],
+                *(
+                    inclusion.Adam(self.state[f"{name}_first"], self.state[f"{name}_second"], step)
+                    for name in ("dual", "fill", "slope")
+                ),
             ),
             mask_grad,
             fill_grad,
-            lam=self.lam,
+            cost=self.cost,
+            room=self.visited.room,
+            lam=self.visited.edge,
             temperature=self.config.temperature,
             weight=1 / (1.05 - self.level(step)),
             lr=self.config.lr * cool,
             fill_lr=self.config.fill_lr * cool,
+            slope_lr=self.config.slope_lr * cool,
         )
         self.state = _unpack(state)
 
@@ -77,6 +98,9 @@ class Sampled:
 
     def fill(self) -> Tensor:
         return self.state["fill"]
+
+    def slope(self) -> Tensor:
+        return self.state["slope"]
 
 
 class Lbi:
@@ -91,7 +115,7 @@ class Lbi:
     SAFETY = 0.5  # of the step bound
     FIRST_ENTRY = 0.2  # of the steps, for a unit whose mask stays at 1
 
-    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
         self.state = state
 
     @classmethod
@@ -126,13 +150,15 @@ class Lbi:
     def fill(self) -> Tensor:
         return torch.zeros_like(self.state["mask"])
 
+    slope = fill
+
 
 class Released:
     """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart."""
 
     ENTRY = 0.5  # of the steps, for a unit whose mask stays at 1
 
-    def __init__(self, config: Any, state: State, mlp: Tensor, visit: Visit) -> None:
+    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
         self.lr = inclusion.SPP_THRESHOLD / (self.ENTRY * config.path_steps)
         self.state, self.mlp = state, mlp
 
@@ -163,6 +189,8 @@ class Released:
 
     def fill(self) -> Tensor:
         return torch.zeros_like(self.state["mask"])
+
+    slope = fill
 
 
 def _unpack(state: inclusion.SampledState | inclusion.ReleasedState) -> State:

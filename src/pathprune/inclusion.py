@@ -149,27 +149,32 @@ def released_step(state: ReleasedState, grad: Tensor, *, lr: float, weight_decay
 
 
 class SampledState(NamedTuple):
-    """State of the sampled path: the dual is the ranking; the fill is learned beside it, in
-    standard deviations from the mean; (N,).
+    """State of the sampled path; all (N,). The dual is the ranking. Learned beside it are the fill, in standard
+    deviations from the mean, and the slope: where a fraction r of the model is kept, a unit that stays has the
+    mask 1 + (1 - r) slope.
     """
 
     dual: Tensor
     fill: Tensor
+    slope: Tensor
     dual_adam: Adam
     fill_adam: Adam
+    slope_adam: Adam
 
 
 def sampled_init(curvature: Tensor) -> SampledState:
-    """Start from the ranks of a curvature diagonal, scaled to [0, 1], and from the mean."""
+    """Start from the ranks of a curvature diagonal, scaled to [0, 1], from the mean, and from masks of 1."""
+    size = len(curvature)
     ranks = torch.empty_like(curvature, dtype=torch.float32)
-    ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, len(curvature)).to(ranks)
-    return SampledState(ranks, torch.zeros_like(ranks), adam_init(len(ranks)), adam_init(len(ranks)))
+    ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, size).to(ranks)
+    zeros = torch.zeros_like(ranks)
+    return SampledState(ranks, zeros, zeros, adam_init(size), adam_init(size), adam_init(size))
 
 
 def sampled_gate(dual: Tensor, lam: float, temperature: float) -> Tensor:
     """Derivative of sigmoid((V - lam) / T): what a mask's gradient counts for at each unit, (N,).
 
-    The forward pass runs on the hard mask; this is the straight-through surrogate's slope.
+    The forward pass runs on the mask cut at lam; this is the straight-through surrogate's slope.
     """
     gate = torch.sigmoid((dual - lam) / temperature)
     return gate * (1 - gate) / temperature
@@ -180,23 +185,42 @@ def sampled_step(
     mask_grad: Tensor,
     fill_grad: Tensor,
     *,
+    cost: Tensor,
+    room: Tensor,
     lam: float,
     temperature: float,
     weight: float,
     lr: float,
     fill_lr: float,
+    slope_lr: float,
 ) -> SampledState:
     """One mirror-descent step on the whole path, seen at one of its points.
 
-        V' = V - lr      Adam(weight dL/dM sigmoid'((V - lam) / T))
-        c' = c - fill_lr Adam(weight dL/dc)
+        V' = V - lr       Adam(weight (dL/dM / cost - price) s)    s = sigmoid'((V - lam) / T)
+        c' = c - fill_lr  Adam(weight dL/dc)
+        a' = a - slope_lr Adam(weight dL/dM room)
+
+    A visited size is fixed: a unit comes in only where others of the same cost go out. The price of a unit
+    of cost is what those near the threshold give for it on average, sum(s dL/dM) / sum(s cost). So V moves
+    by what a unit is worth beyond its price, and nothing moves where all give the same.
 
     Args:
-        mask_grad, fill_grad: (N,), gradients of L at the hard mask of the level that was visited.
+        mask_grad, fill_grad: (N,), gradients of L at the mask of the level that was visited.
+        cost: (N,), of each unit.
+        room: (N,), derivative of each unit's mask with respect to its slope: 1 - r where it stayed, or 0.
         lam: the dual's threshold at that level.
         weight: of the level; small models lose more, and count for less.
     """
     gate = sampled_gate(state.dual, lam, temperature)
-    dual_direction, dual_adam = adam_direction(state.dual_adam, weight * mask_grad * gate)
-    fill_direction, fill_adam = adam_direction(state.fill_adam, weight * fill_grad)
-    return SampledState(state.dual - lr * dual_direction, state.fill - fill_lr * fill_direction, dual_adam, fill_adam)
+    price = (gate * mask_grad).sum() / (gate * cost).sum().clamp_min(1e-30)
+    dual, dual_adam = adam_direction(state.dual_adam, weight * (mask_grad / cost - price) * gate)
+    fill, fill_adam = adam_direction(state.fill_adam, weight * fill_grad)
+    slope, slope_adam = adam_direction(state.slope_adam, weight * mask_grad * room)
+    return SampledState(
+        state.dual - lr * dual,
+        state.fill - fill_lr * fill,
+        state.slope - slope_lr * slope,
+        dual_adam,
+        fill_adam,
+        slope_adam,
+    )

@@ -19,7 +19,7 @@ Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
 
 @contextmanager
 def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
-    """The dense model with a selection's hard masks, until the context ends.
+    """The dense model with a selection's masks, until the context ends.
 
     Inside the context the model computes what ``slice_model(model, selection)`` computes, at
     the dense model's size and speed. The model is not changed.
@@ -30,7 +30,8 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     from pathprune.discovery import check_base
 
     check_base(model, selection.pairs)
-    masks = {name: torch.from_numpy(keep) for name, keep in selection.keep.items() if not keep.all()}
+    thinned = [pair for pair in selection.pairs if not selection.keep[pair.name].all()]
+    masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in thinned}
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
     with attach_masks(model, selection.pairs, masks, fill, selection.basis):
         yield model

@@ -222,6 +222,11 @@ class Pair:
         return self.kind != "mlp" and not self.rotary and not self.mixing
 
     @property
+    def scalable(self) -> bool:
+        """Whether a unit's activation may be multiplied by a number, which is folded into the consumer's weights."""
+        return not self.mixing
+
+    @property
     def stacked(self) -> bool:
         """Whether the maps are those of many experts in one parameter each."""
         return bool(self.slots[0].parameter)

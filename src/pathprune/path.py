@@ -19,6 +19,7 @@ from pathprune.order import UNITS, Order, Unit, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
+ARRAYS = ("ranking", "fill", "basis", "slope")  # by pair
 
 Floats = npt.NDArray[np.floating]
 
@@ -50,6 +51,8 @@ class SolutionPath:
         seq_len: sequence length, in tokens, at which MACs are counted.
         fill: pair name -> (G, D), see ``Selection``.
         basis: pair name -> (G, D, D), see ``Selection``.
+        slope: pair name -> (G, U); where a fraction r of the prunable parameters is kept, the ``Selection``'s
+            scale is 1 + (1 - r) slope.
         trajectory: what the search did.
         config: how the search was set up; empty for a ranking from elsewhere.
         versions: of the libraries that made the path.
@@ -62,6 +65,7 @@ class SolutionPath:
     seq_len: int = 128
     fill: dict[str, Floats] = field(default_factory=dict)
     basis: dict[str, Floats] = field(default_factory=dict)
+    slope: dict[str, Floats] = field(default_factory=dict)
     trajectory: Trajectory = field(default_factory=Trajectory)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class SolutionPath:
         names = {pair.name for pair in self.pairs}
         if len(names) < len(self.pairs):
             raise MismatchError("two pairs have the same name")
-        for part in ("ranking", "fill", "basis"):  # as it will be on disk, so that saving changes no family
+        for part in ARRAYS:  # as it will be on disk, so that saving changes no family
             arrays = {name: np.asarray(array, dtype=np.float32) for name, array in getattr(self, part).items()}
             object.__setattr__(self, part, arrays)
         if set(self.ranking) != names:
@@ -86,14 +90,19 @@ class SolutionPath:
             )
         fillable = {pair.name for pair in self.pairs if pair.fillable}
         rotatable = {pair.name for pair in self.pairs if pair.rotatable}
-        if wrong := sorted((set(self.fill) - fillable) | (set(self.basis) - rotatable)):
-            raise MismatchError(f"a fill or basis for {wrong[0]}, which takes none or is no pair of the model")
+        scalable = {pair.name for pair in self.pairs if pair.scalable}
+        if wrong := sorted(
+            (set(self.fill) - fillable) | (set(self.basis) - rotatable) | (set(self.slope) - scalable),
+        ):
+            raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
         for pair in self.pairs:
             _check(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
             if pair.name in self.fill:
                 _check(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
             if pair.name in self.basis:
                 _check(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+            if pair.name in self.slope:
+                _check(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
 
     @classmethod
     def from_scores(
@@ -139,7 +148,7 @@ class SolutionPath:
             ArtifactError: the folder cannot be written; what was there is unchanged.
         """
         tensors: dict[str, npt.NDArray[Any]] = {}
-        for part in ("ranking", "fill", "basis"):
+        for part in ARRAYS:
             for name, array in getattr(self, part).items():
                 tensors[f"{part}/{name}"] = np.asarray(array, dtype=np.float32)
         for name, array in asdict(self.trajectory).items():
@@ -165,7 +174,7 @@ class SolutionPath:
             ArtifactError: missing, truncated or malformed.
         """
         meta, tensors = read_artifact(folder, "path", FORMAT)
-        parts: dict[str, dict[str, Floats]] = {"ranking": {}, "fill": {}, "basis": {}, "trajectory": {}}
+        parts: dict[str, dict[str, Floats]] = {part: {} for part in (*ARRAYS, "trajectory")}
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
@@ -179,6 +188,7 @@ class SolutionPath:
                 seq_len=meta["seq_len"],
                 fill=parts["fill"],
                 basis=parts["basis"],
+                slope=parts["slope"],
                 trajectory=Trajectory(**parts["trajectory"]),
                 config=meta["config"],
                 versions=meta["versions"],

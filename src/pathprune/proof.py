@@ -84,8 +84,10 @@ class Bench:
             basis = {}
             if trial == 1:
                 basis = {p.name: rng.normal(size=(p.groups, p.width, p.width)) for p in members if p.rotatable}
-            selection = Selection(PairList(members, BaseModel("", "", "", 0, 0)), keep, fill=fill, basis=basis)
-            masks = {name: torch.from_numpy(mask) for name, mask in keep.items()}
+            scale = {p.name: rng.uniform(0.5, 1.5, p.shape) for p in members if p.scalable}
+            pairs = PairList(members, BaseModel("", "", "", 0, 0))
+            selection = Selection(pairs, keep, fill=fill, basis=basis, scale=scale)
+            masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in members}
             constants = {name: torch.from_numpy(array) for name, array in fill.items()}
             try:
                 with torch.no_grad():

@@ -20,7 +20,7 @@ from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
 from pathprune.data import Batches, check_finite
 from pathprune.discovery import find_pairs
-from pathprune.dynamics import DYNAMICS, Driver
+from pathprune.dynamics import DYNAMICS, Driver, Visited
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
 from pathprune.modes import evaluating
@@ -49,6 +49,7 @@ class SearchConfig:
         fill: put the mean in a removed dimension's place.
         lr: of the sampled path's dual at the start; it falls to zero along a cosine.
         fill_lr: of its fills, in standard deviations of the activation they stand for.
+        slope_lr: of its slopes, by which units that stay are scaled as others go; 0 leaves them as they are.
         temperature: of the sampled path's surrogate gate.
         lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
 
@@ -66,6 +67,7 @@ class SearchConfig:
     fill: bool = True
     lr: float = 0.005
     fill_lr: float = 0.005
+    slope_lr: float = 0.02
     temperature: float = 0.05
     lowest_level: float = 0.1
 
@@ -80,10 +82,10 @@ class SearchConfig:
             raise DataError(f"multiple={self.multiple} must be at least 1")
         if not 0 < self.lowest_level < 1:
             raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
-        if self.lr <= 0 or self.fill_lr < 0 or self.temperature <= 0:
-            raise DataError(
-                f"lr={self.lr} and temperature={self.temperature} must be positive, fill_lr={self.fill_lr} not negative"
-            )
+        if self.lr <= 0 or self.temperature <= 0:
+            raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
+        if self.fill_lr < 0 or self.slope_lr < 0:
+            raise DataError(f"fill_lr={self.fill_lr} and slope_lr={self.slope_lr} must not be negative")
 
     @property
     def curvature_steps(self) -> int:
@@ -174,6 +176,7 @@ class _Run:
         self.config, self.out = config, out
         self.hidden = None if progress is None else not progress  # tqdm: None shows the bar on a terminal only
         self.sizes = [pair.groups * pair.units for pair in pairs]
+        self.params = self._by_unit([pair.unit_params for pair in pairs])
         self.noise = torch.Generator().manual_seed(config.seed)
         self.targets = Targets(model, objective)
         self.seq_len = _tokens(model, pairs, batches.first)
@@ -199,12 +202,11 @@ class _Run:
         first = self.batches.take(self.config.curvature_steps)
         self.found = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
         kind = DYNAMICS[self.config.dynamics]
-        params = self._by_unit([pair.unit_params for pair in self.pairs])
-        self.driver = self._driver(kind.begin(self.config, self._probe(first), params))
+        self.driver = self._driver(kind.begin(self.config, self._probe(first), self.params))
 
     def _driver(self, state: dict[str, Tensor]) -> Driver:
         mlp = self._by_unit([pair.kind == "mlp" for pair in self.pairs])
-        return DYNAMICS[self.config.dynamics](self.config, state, mlp, self.visit)
+        return DYNAMICS[self.config.dynamics](self.config, state, self.params, mlp, self.visit)
 
     def _by_unit(self, by_pair: list[Any]) -> Tensor:
         return torch.tensor(by_pair).repeat_interleave(torch.tensor(self.sizes))
@@ -235,18 +237,23 @@ class _Run:
         self.masks.clear()
         return torch.cat(rows)
 
-    def visit(self, ranking: Tensor, level: float) -> tuple[Tensor, float]:
+    def visit(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
         """Exactly what the path would ship at ``level``."""
-        path = self.path(ranking)
+        path = self.path(ranking, slope)
         selection = path.select(Budget(keep=level))
-        mask = self.join({name: torch.from_numpy(keep) for name, keep in selection.keep.items()})
+        mask = self.join({pair.name: torch.from_numpy(selection.mask(pair)) for pair in self.pairs}).float()
+        keeps = {pair: selection.keep[pair.name] for pair in self.pairs}
+        scaled = {pair.name: torch.from_numpy(keep & pair.scalable & ~keep.all()) for pair, keep in keeps.items()}
+        room = (1 - selection.fraction) * self.join(scaled).float()
         value = path.order.value
-        return mask.float(), float(value[min(selection.removals, len(value) - 1)])
+        return Visited(mask, room, float(value[min(selection.removals, len(value) - 1)]))
 
-    def path(self, ranking: Tensor, **rest: Any) -> SolutionPath:
+    def path(self, ranking: Tensor, slope: Tensor, **rest: Any) -> SolutionPath:
+        scalable = {pair.name for pair in self.pairs if pair.scalable}
         return SolutionPath(
             self.pairs,
             {name: part.numpy() for name, part in self.split(ranking).items()},
+            slope={name: part.numpy() for name, part in self.split(slope).items() if name in scalable},
             unit=self.config.unit,
             multiple=self.config.multiple,
             seq_len=self.seq_len,
@@ -271,6 +278,7 @@ class _Run:
             raise
         path = self.path(
             self.driver.ranking(),
+            self.driver.slope(),
             fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
             basis=self.found.basis,
             trajectory=self._trajectory(),

@@ -208,7 +208,7 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
         memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
     for pair in selection.pairs:
         if pair.stacked and not selection.keep[pair.name].all():
-            memo |= _sliced_stacks(model, pair, selection.keep[pair.name])
+            memo |= _sliced_stacks(model, pair, selection)
     small = copy.deepcopy(model, memo)
     shape_attention(small, record)
     return small, record
@@ -397,9 +397,9 @@ def _blocks(new: Ints, size: int) -> Record | None:
 def _sliced(
     module: Map, axis: _Axis, parts: list[tuple[Pair, Slot]], selection: Selection
 ) -> tuple[Tensor, Tensor | None]:
-    """What is left of a map's weight and bias, in its own orientation; rotations and fills computed in float64."""
+    """What is left of a map's weight and bias, in its own orientation; rotations, scales and fills in float64."""
     weight = axis_first(module.weight.detach(), module, axis.side)
-    bias = None if module.bias is None else module.bias.detach()
+    bias: Tensor | None = None if module.bias is None else module.bias.detach()
     for pair, slot in parts:
         basis = selection.basis.get(pair.name)
         if basis is not None:
@@ -415,17 +415,31 @@ def _sliced(
             weight = weight.index_copy(0, index, weight[index] * factor)
             if bias is not None:
                 bias = bias.index_copy(0, index, bias[index] * factor)
-        if slot == pair.consumer and slot.side == "in" and pair.name in selection.fill:
-            gone = torch.from_numpy(pair.positions(slot, ~selection.keep[pair.name])).to(weight.device)
-            fill = torch.from_numpy(selection.fill[pair.name]).double().to(weight.device)
-            lost = torch.from_numpy(~pair.by_dim(selection.keep[pair.name])).to(weight.device)
-            every = fill.unsqueeze(1).expand(-1, slot.repeat, -1)
-            added = every[lost.unsqueeze(1).expand_as(every)] @ weight[gone].double()
-            bias = added if bias is None else bias.double() + added
+        if slot == pair.consumer:
+            weight, bias = _fold(weight, bias, pair, slot, selection)
     kept = torch.from_numpy(axis.places()[0]).to(weight.device)
     if bias is not None and axis.side == "out":
         bias = bias[kept]
     return axis_first(weight[kept], module, axis.side), bias
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
+) -> tuple[Tensor, Tensor | None]:
+    """Fold y' = m y + (1 - m) c, at the consumer's input (for ``qk``, at the keys), into its weight and bias."""
+    index = slot.index(pair.groups, pair.width)  # (G, R, D)
+    mask = torch.from_numpy(pair.by_dim(selection.mask(pair))).to(weight.device)  # (G, D)
+    places = torch.from_numpy(index.ravel()).to(weight.device)
+    if pair.name in selection.fill:
+        constant = (1 - mask) * torch.from_numpy(selection.fill[pair.name]).to(mask)
+        added = constant.unsqueeze(1).expand(index.shape).flatten() @ weight[places].double()
+        bias = added if bias is None else bias.double() + added
+    if pair.name in selection.scale:
+        factor = mask.unsqueeze(1).expand(index.shape).flatten()
+        weight = weight.double().index_copy(0, places, weight[places] * factor.unsqueeze(1))
+        if slot.side == "out" and bias is not None:
+            bias = bias.double().index_copy(0, places, bias[places] * factor)
+    return weight, bias
 
 
 def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
@@ -461,9 +475,9 @@ def _plan_stack(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], recor
             shapes[f"{parameter}_bias"] = [pair.groups, shape[slots[0].dim]]
 
 
-def _sliced_stacks(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_]) -> dict[int, nn.Parameter]:
+def _sliced_stacks(model: nn.Module, pair: Pair, selection: Selection) -> dict[int, nn.Parameter]:
     """Identity of each stacked parameter -> what is left of it."""
-    left: dict[int, nn.Parameter] = {}
+    keep, left = selection.keep[pair.name], dict[int, nn.Parameter]()
     for (owner, parameter), slots in _stacks(pair).items():
         old = np.concatenate([np.stack([slot.index(1, pair.width)[0, 0][row] for row in keep]) for slot in slots], 1)
         new = np.concatenate([slot.index(1, max(int(keep[0].sum()), 1))[0, 0][: keep[0].sum()] for slot in slots])
@@ -477,6 +491,9 @@ def _sliced_stacks(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_]) ->
             if whole.dim() == 3:
                 where = where.unsqueeze(3 - dim)
             kept = torch.take_along_dim(whole.detach(), where, dim)
+            if pair.name in selection.scale and pair.consumer in slots:
+                factor = torch.take_along_dim(torch.from_numpy(selection.mask(pair)).to(kept.device), index, 1)
+                kept = (kept * factor.unsqueeze(3 - dim)).to(kept.dtype)
             left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
     return left
 
