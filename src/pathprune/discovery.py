@@ -96,7 +96,10 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
                 columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
                 scope = model.get_submodule(first.block)
-                held, reasons = prove(inside, scope, calls[first.block], columns, fewer=fewer)
+                fixed = _swapped(model, first.block)
+                held, reasons = prove(
+                    inside, scope, calls[first.block], columns, narrow=not fixed, fewer=fewer and not fixed
+                )
                 for candidate in alike:
                     names = {pair.kind: pair.name for pair in candidate.choices[0]}
                     found[id(candidate)] = [_outside(pair, candidate.block, names[pair.kind]) for pair in held]
@@ -131,6 +134,15 @@ def _disagreeing(groups: list[list[Candidate]], found: Mapping[int, list[Pair]])
         for group in groups
         if maps(group) in fixed and maps(group) and all(pair.fewer for pair in found[id(group[0])])
     ]
+
+
+def _swapped(model: nn.Module, block: str) -> bool:
+    """Whether the attention's code may be replaced between forward passes, by code in the dense sizes of the
+    configuration (BigBird: full attention for short inputs, block-sparse attention for long ones).
+    """
+    parts = block.split(".")
+    above = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
+    return any(hasattr(module, "set_attention_type") for module in above)
 
 
 def _columns(call: Call | None) -> int:

@@ -117,7 +117,7 @@ class Bench:
 
 
 def prove(
-    candidate: Candidate, scope: nn.Module, call: Call, columns: int, *, fewer: bool = True
+    candidate: Candidate, scope: nn.Module, call: Call, columns: int, *, narrow: bool = True, fewer: bool = True
 ) -> tuple[list[Pair], dict[Kind, str]]:
     """The pairs of a candidate, seen from its block, in the first form that holds; and refused kinds with the reason.
 
@@ -125,7 +125,7 @@ def prove(
         scope: the block.
         call: its arguments.
         columns: width of the cos and sin that the attention is handed by name; zero if it is not.
-        fewer: whether forms with fewer heads may be taken.
+        narrow, fewer: whether forms of attention with narrower or fewer heads may be taken.
     """
     bench = Bench(scope, call)
     held: list[Pair] = []
@@ -142,7 +142,7 @@ def prove(
     if not held:
         return [], refused
     failure: str | None = None
-    for form in _forms(held, len(candidate.choices[0]), columns, fewer):
+    for form in _forms(held, len(candidate.choices[0]), columns, narrow, fewer):
         if form == held and len(held) == 1:
             return held, refused  # already proved
         failure = bench.refutes(form)
@@ -180,7 +180,9 @@ def _between(pair: Pair) -> Iterator[Pair]:
     yield replace(in_place, mixing=True)
 
 
-def _forms(held: list[Pair], expected: int, columns: int, may_be_fewer: bool) -> Iterator[list[Pair]]:
+def _forms(
+    held: list[Pair], expected: int, columns: int, may_be_narrow: bool, may_be_fewer: bool
+) -> Iterator[list[Pair]]:
     """From what leaves the least behind to what is always right."""
     if held[0].stacked:
         yield held
@@ -194,7 +196,8 @@ def _forms(held: list[Pair], expected: int, columns: int, may_be_fewer: bool) ->
     if len(held) == expected and not any(slot.layout in ("rows", "turns") for pair in held for slot in pair.slots):
         width = held[0].width
         rotary = [pair for pair in held if pair.rotary]
-        narrow = free and all(pair.width == width for pair in held) and (not rotary or columns in (width, width // 2))
+        narrow = may_be_narrow and free and all(pair.width == width for pair in held)
+        narrow = narrow and (not rotary or columns in (width, width // 2))
         for fewer in (True, False) if may_be_fewer else (False,):
             for rescale in (False, True) if narrow else ():
                 yield [replace(pair, narrow=True, fewer=fewer, rescale=rescale) for pair in held]

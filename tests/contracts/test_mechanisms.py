@@ -10,19 +10,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from building import Subject, build, gap, pairs_of, run, subject_of
+from conftest import randomise
 from pathprune.budget import Selection
 from pathprune.masks import masked
 from pathprune.pairs import PairList
 from pathprune.slicing import slice_model
-from subjects import padding
+from subjects import BERT, SEQ2SEQ, ids, padding
 
 EXACT = 1e-9
 VISIBLE = 1e-3
@@ -214,3 +217,35 @@ def test_pairs_do_not_depend_on_padding(row: str) -> None:
     pairs = pairs_of(subject.model, padded)
     assert list(pairs) == list(subject.pairs)
     assert pairs.refused == subject.pairs.refused
+
+
+BLOCKS = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}  # for more than 14 tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BigBirdConfig(**BERT, **BLOCKS),
+        transformers.BigBirdPegasusConfig(**{**SEQ2SEQ, "max_position_embeddings": 64}, **BLOCKS),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("found", ["short", "long"])
+def test_attention_whose_code_is_replaced_at_run_time(config: Any, found: str, tmp_path: Path) -> None:
+    """Short inputs replace BigBird's block-sparse attention for good, with modules in the dense sizes."""
+    torch.manual_seed(0)
+    dense = randomise(transformers.AutoModel.from_config(config, dtype=torch.float64).eval())
+    inputs = {"short": {"input_ids": ids(length=9)}, "long": {"input_ids": ids(length=24)}}
+    pairs = pairs_of(copy.deepcopy(dense), inputs[found])
+    encoders = [pair for pair in pairs if pair.kind != "mlp" and "decoder" not in pair.name]
+    assert len(encoders) == 4
+    selection = others(pairs)
+    small = slice_model(dense, selection)
+    small.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    for case in ("long", "short", "long"):  # the last with full attention
+        with masked(dense, selection):
+            expected = run(dense, inputs[case], rounded=False)
+        assert gap(expected, run(dense, inputs[case], rounded=False)) > VISIBLE
+        for sliced in (small, loaded):
+            assert gap(run(sliced, inputs[case], rounded=False), expected) < EXACT
