@@ -194,6 +194,38 @@ def test_a_hook_of_the_user_s_is_part_of_the_layer(subjects: dict[str, Subject])
     assert [in_place(pairs, f"bert.encoder.layer.{i}.attention") for i in range(2)] == [False, True]
 
 
+class TwoDecoders(nn.Module):
+    """The second one attends to what the first one saw, through its cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (tiny("Llama", num_key_value_heads=2) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        cache = self.first(input_ids, use_cache=True).past_key_values
+        output: Tensor = self.second(input_ids, past_key_values=cache).last_hidden_state
+        return output
+
+
+@pytest.mark.parametrize("constants", [False, True])
+def test_what_an_attention_leaves_in_a_cache_is_part_of_what_it_gives(constants: bool) -> None:
+    model = TwoDecoders()
+    inputs = {"input_ids": tiny_inputs()["input_ids"]}
+    pairs = find_pairs(model, inputs)
+    assert {"first.layers.0.self_attn.qk", "first.layers.0.self_attn.vo"} <= set(by_name(pairs))
+    for case in ("uneven", "fewer heads"):
+        selection = selection_of(pairs, case, constants=constants)
+        with torch.no_grad(), masked(model, selection):
+            expected = model(**inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(slice_model(model, selection)(**inputs), expected, rtol=0, atol=1e-9)
+
+
+def test_neurons_that_are_zero_prove_nothing() -> None:
+    with pytest.raises(UnsupportedModelError, match="masking its units does not change its output"):
+        find_pairs(Lone(bias=False), {"input_ids": torch.zeros(3, 4)})
+
+
 def test_tied_maps_are_refused(subjects: dict[str, Subject]) -> None:
     model = copy.deepcopy(subjects["llama"].model)
     first, second = (layer.mlp for layer in model.model.layers)
@@ -221,9 +253,9 @@ def sliced() -> nn.Module:
 class Lone(nn.Module):
     """Looks like an MLP, but is no model of transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = True) -> None:
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.up_proj, self.down_proj = nn.Linear(4, 8, bias), nn.Linear(8, 4, bias)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.down_proj(self.up_proj(input_ids))

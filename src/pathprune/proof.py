@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pathprune.budget import Selection
 from pathprune.layouts import Candidate
@@ -59,28 +61,34 @@ class Bench:
                 config._experts_implementation = "eager"
         self.call = pytree.tree_map(lambda x: x.double() if _floating(x) else x, call)
 
-    def run(self, module: nn.Module) -> list[Any]:
-        """Its outputs: two where attention may be fused or not (timm), which takes the scale from different places."""
+    def run(self, module: nn.Module) -> list[list[Tensor]]:
+        """What it gives: its output (the first tensor; attention weights, by head, may follow), then all that it was
+        given and may have written into, as other layers may read that (a cache that two decoders share).
+
+        Twice where attention may be fused or not (timm), which takes the scale from different places.
+        """
         switches: list[Any] = [m for m in module.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
         outputs = []
         for _ in range(1 + bool(switches)):
             args, kwargs = copy.deepcopy(self.call)  # layers may write into what they are given, a cache for one
             with Float64():
-                outputs.append(module(*args, **kwargs))
+                output = module(*args, **kwargs)
+            outputs.append([*islice(_tensors(output), 1), *_tensors((args, kwargs))])
             for switch in switches:
                 switch.fused_attn = not switch.fused_attn
         return outputs
 
     @cached_property
-    def dense(self) -> list[Any]:
-        """The outputs without any mask."""
+    def dense(self) -> list[list[Tensor]]:
+        """``run`` without any mask."""
         return self.run(self.scope)
 
     def refutes(self, members: Sequence[Pair]) -> str | None:
         """Why the members, as they are, do not hold; None if they do."""
         rng = np.random.default_rng(0)
         for trial, keep in enumerate(_trials(rng, members)):
-            fill = {p.name: rng.normal(size=(p.groups, p.width)) for p in members if p.fillable}
+            # None in the first trial: it would be seen to change the output even where all units are zero.
+            fill = {p.name: rng.normal(size=(p.groups, p.width)) for p in members if p.fillable and trial}
             basis = {}
             if trial == 1:
                 basis = {p.name: rng.normal(size=(p.groups, p.width, p.width)) for p in members if p.rotatable}
@@ -109,7 +117,7 @@ class Bench:
                     return f"its values and what reads them do not belong together: outputs differ by {gap:.1e}"
         return None
 
-    def _values_masked(self, members: Sequence[Pair], masks: dict[str, Tensor]) -> list[Any]:
+    def _values_masked(self, members: Sequence[Pair], masks: dict[str, Tensor]) -> list[list[Tensor]]:
         """The output where values are masked by themselves, as if nothing stood between them and their reader."""
         alone = [replace(pair, mixing=False) if pair.kind == "vo" else pair for pair in members]
         with torch.no_grad(), attach_masks(self.scope, alone, masks):
@@ -248,7 +256,22 @@ def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _distance(a: Any, b: Any) -> float:
-    """Largest relative difference of two outputs' first tensors (what follows are attention weights, by head)."""
-    x, y = (next(filter(_floating, pytree.tree_leaves(output))) for output in (a, b))
-    return float("inf") if x.shape != y.shape else float((x - y).abs().max() / x.abs().max().clamp_min(1e-30))
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """All floating tensors in nested containers, caches among them."""
+    for leaf in pytree.tree_leaves(x):
+        if _floating(leaf):
+            yield leaf
+        elif isinstance(leaf, Cache | CacheLayerMixin):
+            yield from _tensors(vars(leaf))
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest relative difference, tensor by tensor."""
+    if [x.shape for x in one] != [x.shape for x in other]:
+        return float("inf")
+    gaps = [
+        float((x - y).abs().max() / x.abs().max().clamp_min(1e-30))
+        for x, y in zip(one, other, strict=True)
+        if x.numel()
+    ]
+    return max(gaps, default=0.0)
