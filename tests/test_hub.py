@@ -18,7 +18,7 @@ from torch import nn
 from conftest import Python, Subject, assert_same_model, run_model, snapshot, tiny_inputs, tiny_model
 from pathprune.discovery import find_pairs
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
-from pathprune.hub import PathpruneConfig, save_model
+from pathprune.hub import PathpruneConfig, load_model, save_model
 from pathprune.slicing import PaddedLinear, slice_model
 from strategies import CASES, selection_of
 
@@ -380,3 +380,26 @@ def test_saving_changes_nothing_in_the_model(subject: Subject, small: Any, tmp_p
     for parts in (before, after):
         parts.pop("config")  # save_pretrained itself notes the architecture there
     assert after == before
+
+
+class Listed(nn.Module):
+    """Calls its maps from a list of its own, as Mask2Former does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.layers = [self.fc1, nn.ReLU(), self.fc2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_maps_that_a_model_holds_in_two_places_change_in_both(tmp_path: Path) -> None:
+    model, inputs = Listed(), {"x": torch.randn(3, 4)}
+    small = slice_model(model, selection_of(find_pairs(model, inputs), "uneven"))
+    save_model(small, tmp_path / "small")
+    loaded = load_model(Listed(), tmp_path / "small")
+    assert torch.equal(loaded(**inputs), small(**inputs))
+    assert not torch.equal(small(**inputs), model(**inputs))

@@ -260,7 +260,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     """All floating tensors in nested containers, caches among them."""
     for leaf in pytree.tree_leaves(x):
         if _floating(leaf):
-            yield leaf
+            yield leaf.detach()
         elif isinstance(leaf, Cache | CacheLayerMixin):
             yield from _tensors(vars(leaf))
 

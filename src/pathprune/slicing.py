@@ -503,7 +503,9 @@ def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
     for name, shape in record["modules"].items():
         old = linear_map(model, name)
         _check_smaller(name, shape, old)
-        model.set_submodule(name, _sized(old, shape, old.weight.device))
+        new = _sized(old, shape, old.weight.device)
+        # The map itself changes, as a model may hold it in other places, too (Mask2Former: in lists).
+        old.__class__, old.__dict__ = type(new), vars(new)
     for name, shapes in record["parameters"].items():
         module = model.get_submodule(name)
         for parameter, shape in shapes.items():
