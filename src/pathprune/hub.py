@@ -25,6 +25,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.core_model_loading import PrefixChange
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -99,12 +100,13 @@ class PathpruneLoader(HfQuantizer):
         slicing.shape_modules(model, _below(model, self.quantization_config.record))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        return []  # sliced models are saved under the names of their own modules, see `attach_record`
+        # Sliced models are saved under the names of their own modules, see `_attach`; a tower alone drops the prefix
+        # that it has in the whole model.
+        return [c for c in weight_conversions if isinstance(c, PrefixChange) and c.prefix_to_remove]
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         slicing.shape_attention(model, _below(model, self.quantization_config.record))
-        model.config.quantization_config = self.quantization_config
-        model._weight_conversions = []
+        _attach(model, self.quantization_config)
         model.is_quantized = False
         for flag in ("hf_quantizer", "quantization_method"):
             if hasattr(model, flag):
@@ -122,11 +124,30 @@ def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -
     """Write a shape record into a sliced model's configuration; onto the model where it is of another library."""
     config = PathpruneConfig(record, selection.to_dict())
     if _of_transformers(model):
-        model.config.quantization_config = config
-        # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
-        model._weight_conversions = []
+        _attach(model, config)
     else:
         model.pathprune = config
+
+
+def _attach(model: Any, config: PathpruneConfig) -> None:
+    """Also to the configurations of its parts, so that a tower of CLIP saves and loads alone, too."""
+    owners: set[int] = set()
+    for name, part in model.named_modules():
+        if not _of_transformers(part):
+            continue
+        # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
+        part._weight_conversions = []
+        if id(part.config) in owners:
+            continue
+        owners.add(id(part.config))
+        record = {
+            entry: {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
+            for entry, values in config.record.items()
+        }
+        if not name:
+            part.config.quantization_config = config
+        elif any(record.values()):
+            part.config.quantization_config = PathpruneConfig(record)
 
 
 def _of_transformers(model: Any) -> bool:
@@ -225,7 +246,7 @@ def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
     """The record's module names as they are in ``model``.
 
     A record written for a model with a task head holds for its base model, and the other way
-    round; their names differ by the base model's prefix.
+    round; their names differ by the base model's prefix. One written for a tower holds wherever that is.
     """
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -234,6 +255,9 @@ def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if candidate in modules:
                 return candidate
+        inside = [candidate for candidate in modules if candidate.endswith(f".{name}")]
+        if len(inside) == 1:
+            return inside[0]
         raise ArtifactError(
             f"the shape record names {name}, which {type(model).__name__} does not have; "
             "load it with the class it was saved from, or with another of the same base model"

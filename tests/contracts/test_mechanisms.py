@@ -249,3 +249,28 @@ def test_attention_whose_code_is_replaced_at_run_time(config: Any, found: str, t
         assert gap(expected, run(dense, inputs[case], rounded=False)) > VISIBLE
         for sliced in (small, loaded):
             assert gap(run(sliced, inputs[case], rounded=False), expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("row", "tower", "model", "folders"),
+    [
+        ("clip", "vision_model", "CLIPVisionModel", ("whole", "again", "alone")),
+        ("clip", "vision_model", "CLIPVisionModelWithProjection", ("whole", "again")),
+        ("clip", "text_model", "CLIPTextModel", ("whole", "again", "alone")),
+        ("siglip", "vision_model", "SiglipVisionModel", ("whole", "again", "alone")),
+    ],
+)
+def test_a_tower_loads_alone(row: str, tower: str, model: str, folders: tuple[str, ...], tmp_path: Path) -> None:
+    """From the folder of the whole model, where transformers loads it from the dense one's; and from its own."""
+    subject = subject_of(row)
+    small = slice_model(subject.model, others(subject.pairs))
+    part = small.get_submodule(tower)
+    small.save_pretrained(tmp_path / "whole")
+    transformers.AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.float64).save_pretrained(tmp_path / "again")
+    part.save_pretrained(tmp_path / "alone")
+    name = "pixel_values" if tower == "vision_model" else "input_ids"
+    inputs = {name: subject.inputs[name]}
+    settings = {"projection_dim": 17} if model.endswith("Projection") else {}  # the whole model's own
+    for folder in folders:
+        loaded = getattr(transformers, model).from_pretrained(tmp_path / folder, dtype=torch.float64, **settings)
+        assert gap(run(getattr(loaded, "vision_model", loaded).eval(), inputs), run(part, inputs)) < EXACT
