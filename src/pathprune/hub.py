@@ -105,7 +105,9 @@ class PathpruneLoader(HfQuantizer):
         return [c for c in weight_conversions if isinstance(c, PrefixChange) and c.prefix_to_remove]
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
-        slicing.shape_attention(model, _below(model, self.quantization_config.record))
+        record = _below(model, self.quantization_config.record)
+        slicing.check_experts(model, record)
+        slicing.shape_attention(model, record)
         _attach(model, self.quantization_config)
         model.is_quantized = False
         for flag in ("hf_quantizer", "quantization_method"):

@@ -176,7 +176,8 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
     model of ``transformers`` (``pathprune.hub``).
 
     Raises:
-        MismatchError: the selection belongs to another model, or to other weights of it.
+        MismatchError: the selection belongs to another model, or to other weights of it; or its widths of
+            experts are such that their kernel cannot read them.
     """
     from pathprune.discovery import check_base
     from pathprune.hub import attach_record
@@ -190,6 +191,7 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
 def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
     axes, record = _plan(model, selection)
+    check_experts(model, record)
     memo: dict[int, Any] = {}
     parts: dict[str, list[tuple[Pair, Slot]]] = {}
     for pair in selection.pairs:
@@ -473,6 +475,27 @@ def _plan_stack(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], recor
         shapes[parameter] = shape
         if slots[0].bias and slots[0].side == "out":
             shapes[f"{parameter}_bias"] = [pair.groups, shape[slots[0].dim]]
+
+
+def check_experts(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Refuse widths of experts that the kernel they are to be computed with cannot read.
+
+    Raises:
+        MismatchError: rows are no multiples of 16 bytes, as ``torch.nn.functional.grouped_mm`` wants them.
+    """
+    for name, shapes in record["parameters"].items():
+        module = model.get_submodule(name)
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) != "grouped_mm":
+            continue
+        for parameter, shape in shapes.items():
+            dtype = getattr(module, parameter).dtype
+            multiple = 16 // dtype.itemsize
+            if odd := [size for size in shape[1:] if size % multiple]:
+                raise MismatchError(
+                    f"{name}.{parameter} would be {odd[0]} wide; grouped_mm, which computes the experts, takes "
+                    f"multiples of {multiple} in {dtype}. Keep such a multiple of neurons, or choose "
+                    'experts_implementation="eager", in from_pretrained or by set_experts_implementation'
+                )
 
 
 def _sliced_stacks(model: nn.Module, pair: Pair, selection: Selection) -> dict[int, nn.Parameter]:

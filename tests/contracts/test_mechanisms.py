@@ -22,6 +22,7 @@ from torch import nn
 from building import Subject, build, gap, pairs_of, run, subject_of
 from conftest import randomise
 from pathprune.budget import Selection
+from pathprune.errors import MismatchError
 from pathprune.masks import masked
 from pathprune.pairs import PairList
 from pathprune.slicing import slice_model
@@ -274,3 +275,31 @@ def test_a_tower_loads_alone(row: str, tower: str, model: str, folders: tuple[st
     for folder in folders:
         loaded = getattr(transformers, model).from_pretrained(tmp_path / folder, dtype=torch.float64, **settings)
         assert gap(run(getattr(loaded, "vision_model", loaded).eval(), inputs), run(part, inputs)) < EXACT
+
+
+@pytest.mark.parametrize("row", ["mixtral", "gpt-oss"])
+def test_experts_that_their_kernel_cannot_read_are_refused_by_name(row: str, tmp_path: Path) -> None:
+    """transformers' default, grouped_mm, wants rows of 16 bytes: four numbers in float32, eight in bfloat16."""
+    subject = subject_of(row)
+    dense = subject.row.config()
+    dense.intermediate_size, dense.hidden_size = 20, 32
+    model = getattr(transformers, subject.row.model)._from_config(dense, dtype=torch.float32).eval()
+    pairs = pairs_of(model, subject.inputs)
+
+    def experts(width: int) -> Selection:
+        keep = {pair.name: np.ones(pair.shape, dtype=bool) for pair in pairs}
+        for pair in pairs:
+            keep[pair.name][:, width if pair.stacked else None :] = False
+        return Selection(pairs, keep)
+
+    with pytest.raises(MismatchError, match=r"experts\.\w+ would be \d+ wide; .* multiples of 4 in torch.float32"):
+        slice_model(model, experts(13))
+    small = slice_model(model, experts(12))
+    run(small, subject.inputs)
+    small.save_pretrained(tmp_path)
+    load = getattr(transformers, subject.row.model).from_pretrained
+    with pytest.raises(MismatchError, match=r"multiples of 8 in torch.bfloat16. .* experts_implementation"):
+        load(tmp_path, dtype=torch.bfloat16)
+    run(load(tmp_path, dtype=torch.bfloat16, experts_implementation="eager"), subject.inputs)
+    model.set_experts_implementation("eager")
+    run(slice_model(model, experts(13)), subject.inputs)
