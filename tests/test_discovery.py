@@ -194,6 +194,14 @@ def test_a_hook_of_the_user_s_is_part_of_the_layer(subjects: dict[str, Subject])
     assert [in_place(pairs, f"bert.encoder.layer.{i}.attention") for i in range(2)] == [False, True]
 
 
+def test_a_model_that_runs_in_single_precision_only_is_proved_in_double() -> None:
+    """XGLM makes the least number of its activations' precision in the default one."""
+    config = transformers.XGLMConfig(vocab_size=40, d_model=24, ffn_dim=20, num_layers=1, attention_heads=3)
+    pairs = find_pairs(transformers.XGLMModel(config).eval())
+    assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
+    assert torch.get_default_dtype() == torch.float32
+
+
 class TwoDecoders(nn.Module):
     """The second one attends to what the first one saw, through its cache."""
 

@@ -42,6 +42,16 @@ class Float64(TorchDispatchMode):
 
     LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
+    def __enter__(self) -> Float64:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # what is made without a dtype has this one
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.before)
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in self.LOWER:
