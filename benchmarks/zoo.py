@@ -144,7 +144,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4": TOWERS,
     "gemma4_unified": TOWERS,
     "align": {"projection_dim": 80},
-    "emu3_vqgan": {"hidden_size": 128},
+    "emu3_vqgan": {"hidden_size": 128, "channel_multiplier": [1, 1], "num_res_blocks": 1},
     "tvp": {
         "backbone_config": {**RESNET, "out_indices": [4]},
         "max_img_size": 64,
