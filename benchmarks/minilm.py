@@ -8,7 +8,6 @@ no choice of a default ever saw. Costs are ratios of runs taken in turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer
 
 import pathprune as pp
+from models import MiniLM
 from pathprune import demo
-from pathprune.artifact import write_text
-from pathprune.data import Batch, Batches, tokenized
-from pathprune.evaluation import fidelity, latency, machine
+from pathprune.data import Batch, Batches
+from pathprune.evaluation import fidelity, latency
 from pathprune.masks import attach_masks
 from pathprune.objectives import EmbeddingObjective
-from pathprune.path import library_versions
 from pathprune.searching import SearchConfig, _frozen, _Run
+from recording import parser, search_settings, write_record
 
 
 def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
@@ -65,26 +63,19 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--split", default="test", choices=["choice", "test"])
-    args = parser.parse_args()
-
-    source = demo.minilm()
-    model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
-    held_out = demo.passages(demo.bbc_articles(args.split))[:512]
-    unseen = tokenized(held_out, tokenizer, batch_size=32, max_length=demo.SEARCH_TOKENS)
+    args = parser(__doc__, steps=MiniLM.steps, seeds=3).parse_args()
+    subject = MiniLM(args.split)
+    model, judge = subject.dense, subject.judge
     runs = []
     for seed in range(args.seeds):
-        data = demo.calibration(tokenizer, seed)[: demo.SEARCH_BATCHES]
+        data = subject.batches(seed, args.steps)
         start = time.perf_counter()
-        path = pp.search(model, data, steps=args.steps, seed=seed)
+        path = pp.search(model, data, steps=args.steps, seed=seed, **search_settings(args))
         seconds = time.perf_counter() - start
         cosine = {}
-        for keep in demo.KEEPS:
-            cosine[str(keep)] = fidelity(pp.slice_model(model, path.select(pp.Budget(keep=keep))), model, unseen)
+        for keep in subject.keeps:
+            small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
+            cosine[str(keep)] = fidelity(small, judge.dense, judge.unseen)
         runs.append({"seed": seed, "search_seconds": seconds, "cosine": cosine})
         print(json.dumps(runs[-1]))
 
@@ -93,7 +84,7 @@ def main() -> None:
     small = pp.slice_model(model, selection)
     slice_seconds = time.perf_counter() - start
     ids = torch.randint(
-        1000, tokenizer.vocab_size, (32, demo.LATENCY_TOKENS), generator=torch.Generator().manual_seed(0)
+        1000, subject.tokenizer.vocab_size, (32, demo.LATENCY_TOKENS), generator=torch.Generator().manual_seed(0)
     )
     dense_ms, small_ms = latency([model, small], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, seconds=5)
     starts = []
@@ -112,10 +103,8 @@ def main() -> None:
         "slice_seconds": slice_seconds,
         "help_seconds": statistics.median(starts),
         "latency_batch_32": {"dense_ms": dense_ms, "keep_50_ms": small_ms, "ratio": small_ms / dense_ms},
-        "machine": machine(),
-        "versions": library_versions(),
     }
-    write_text(args.out, json.dumps(result, indent=1))
+    write_record(args.out, result)
     print(
         json.dumps(
             {

