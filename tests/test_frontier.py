@@ -22,7 +22,7 @@ import frontier
 from baselines import METHODS, Problem
 from baselines.peers import prunable_left
 from baselines.problem import moments, probes
-from baselines.scores import rearranged, rescale
+from baselines.scores import outputs, rearranged, rescale
 from pathprune.objectives import get_objective
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -146,7 +146,7 @@ def test_rescaling_brings_the_outputs_nearer() -> None:
     small = pp.slice_model(subject.dense, METHODS["taylor"](problem).select(pp.Budget(keep=0.7)))
     before = {key: value.clone() for key, value in small.state_dict().items()}
     loss = subject.quality(small)["loss"]
-    rescale(small, problem)
+    rescale(small, problem, outputs(problem))
     assert subject.quality(small)["loss"] < loss
     for name, value in small.state_dict().items():  # columns were scaled, and nothing else
         ratio = value / before[name]

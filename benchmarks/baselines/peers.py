@@ -23,22 +23,24 @@ def torch_pruning(problem: Problem) -> OneSize:
     rotary embedding forbids that, whole heads, as in its example for LLMs; and with grouped queries the MLPs alone,
     because there the search of its dependency graph does not end (1.6.1 with transformers 5.23, on two layers of
     random Llama). The gradient is that of the objective's random probe, summed over all steps. The pruning ratio is
-    bisected for the largest model within the size; widths need not be multiples of 8 as ours are.
+    bisected for the largest model within the size; where no ratio reaches the size, because a layer that would lose
+    everything is passed over, ranking is by layer, as in most of the examples. Widths need not be multiples of 8.
     """
     gradients = weight_gradients(problem)
 
     def make(keep: float) -> nn.Module:
-        best, low, high = None, 0.0, 1.0
-        for _ in range(TRIES):
-            ratio = (low + high) / 2
-            small = pruned(problem, gradients, ratio)
-            if prunable_left(small, problem) <= keep * problem.pairs.prunable_params:
-                best, high = small, ratio
-            else:
-                low = ratio
-        if best is None:
-            raise RuntimeError(f"no pruning ratio up to {low:.3f} leaves {keep:.0%} of the prunable parameters")
-        return best
+        for ranked_globally in (True, False):
+            best, low, high = None, 0.0, 1.0
+            for _ in range(TRIES):
+                ratio = (low + high) / 2
+                small = pruned(problem, gradients, ratio, ranked_globally)
+                if prunable_left(small, problem) <= keep * problem.pairs.prunable_params:
+                    best, high = small, ratio
+                else:
+                    low = ratio
+            if best is not None:
+                return best
+        raise RuntimeError(f"no pruning ratio up to {low:.3f} leaves {keep:.0%} of the prunable parameters")
 
     return make
 
@@ -55,7 +57,7 @@ def weight_gradients(problem: Problem) -> dict[str, Tensor]:
     return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def pruned(problem: Problem, gradients: dict[str, Tensor], ratio: float) -> nn.Module:
+def pruned(problem: Problem, gradients: dict[str, Tensor], ratio: float, ranked_globally: bool) -> nn.Module:
     """A copy of the dense model, pruned by Torch-Pruning."""
     import torch_pruning as tp
 
@@ -78,7 +80,7 @@ def pruned(problem: Problem, gradients: dict[str, Tensor], ratio: float) -> nn.M
             model,
             problem.batches[0],
             importance=tp.importance.GroupTaylorImportance(),
-            global_pruning=True,
+            global_pruning=ranked_globally,
             pruning_ratio=ratio,
             head_pruning_ratio=ratio,
             prune_head_dims=not whole_heads,

@@ -96,12 +96,13 @@ def fisher(problem: Problem) -> OneSize:
     rows = probes(problem)  # (samples, N)
     path = problem.path(problem.per_cost(rows.square().mean(0)))
     gradients = {name: part.numpy() for name, part in problem.split(rows).items()}
+    targets = outputs(problem)
 
     def make(keep: float) -> nn.Module:
         selection = path.select(pp.Budget(keep=keep))
         kept = {pair.name: rearranged(pair, selection.keep[pair.name], gradients[pair.name]) for pair in problem.pairs}
         small = pp.slice_model(problem.dense, Selection(problem.pairs, kept, selection.budget))
-        rescale(small, problem)
+        rescale(small, problem, targets)
         return small
 
     return make
@@ -138,29 +139,54 @@ def rearranged(pair: Pair, keep: npt.NDArray[np.bool_], gradients: npt.NDArray[n
     return result
 
 
+READ = 16  # batches that the least squares read, as many as ours
+
+
+def real_tokens(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T, features) -> (tokens, features), without padding."""
+    mask = batch.get("attention_mask")
+    return x.flatten(0, -2) if mask is None else x[mask.bool()]
+
+
 @torch.no_grad()
-def rescale(small: nn.Module, problem: Problem, count: int = 16, ridge: float = 1e-2) -> None:
+def outputs(problem: Problem) -> dict[str, list[Tensor]]:
+    """What the dense maps that read an inner axis return, (tokens, features) for each batch."""
+    found: dict[str, list[Tensor]] = {pair.consumer.module: [] for pair in problem.pairs if pair.kind != "qk"}
+    handles = [
+        problem.dense.get_submodule(name).register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+        for name, seen in found.items()
+    ]
+    for batch in problem.passes(READ):
+        problem.dense(**batch)
+        for seen in found.values():
+            seen[-1] = real_tokens(seen[-1], batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def rescale(small: nn.Module, problem: Problem, targets: dict[str, list[Tensor]], ridge: float = 1e-2) -> None:
     """Scale the inputs of every map that reads a thinned axis, so that its output is nearest to the dense one's.
 
     Map by map in forward order, inputs taken from the model as it is so far: with X (tokens, inputs), Y (tokens,
     outputs) and weight W (outputs, inputs), the least squares over scales s of X diag(s) W^T = Y have the normal
     equations (X^T X * W^T W) s = diag(X^T Y W). Tokens count by the inverse norm of Y; a ridge pulls towards 1. As in
     the paper, the first map that wants a scale beyond 10 ends it.
+
+    Args:
+        targets: module -> Y for each batch (``outputs``).
     """
     for name in consumers(small, problem.dense):
         module = linear_map(small, name)
         weight = module.weight.double()
         gram = torch.zeros(features(module)[0], features(module)[0], dtype=torch.float64)
         cross = torch.zeros(len(gram), dtype=torch.float64)
-        for batch in problem.passes(count):
-            x, y = (one_map(model, name, batch) for model in (small, problem.dense))
-            x = module.crop(x[0]) if isinstance(module, PaddedLinear) else x[0]
-            y = y[1] if module.bias is None else y[1] - module.bias
-            mask = batch.get("attention_mask")
-            real = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
-            x, y = x[real].double(), y[real].double()
+        for batch, y in zip(problem.passes(READ), targets[name], strict=True):
+            x = input_of(small, name, batch)
+            x = real_tokens(module.crop(x) if isinstance(module, PaddedLinear) else x, batch)
             by_token = 1 / y.norm(dim=1, keepdim=True).clamp_min(1e-6)
-            x, y = x * by_token, y * by_token
+            x, y = (x * by_token).double(), ((y if module.bias is None else y - module.bias) * by_token).double()
             gram += x.mT @ x
             cross += ((x.mT @ y) * weight.mT).sum(1)
         matrix = gram * (weight.mT @ weight)
@@ -175,22 +201,22 @@ class _Reached(Exception):
     """The forward pass has got as far as it is needed."""
 
 
-def one_map(model: nn.Module, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Input and output of one map."""
+def input_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
+    """What one map reads."""
     seen: list[Tensor] = []
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.extend((args[0], output))
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(stop)
+    handle = model.get_submodule(name).register_forward_pre_hook(stop)
     try:
         model(**batch)
     except _Reached:
         pass
     finally:
         handle.remove()
-    return seen[0], seen[1]
+    return seen[0]
 
 
 def least_squares(problem: Problem) -> OneSize:
