@@ -32,10 +32,11 @@ from baselines.peers import prunable_left
 from models import MODELS
 from pathprune.artifact import write_text
 from pathprune.objectives import get_objective
-from pathprune.report.plots import DEPTH, VERMILLION, _as_svg, _log_axis
+from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
 from recording import parser, search_settings, write_record
 
-MARKERS = "osD^v<>ph*XdP"
+COLOURS = (BLUE, ORANGE, GREEN, SKY, SOFT)
+MARKERS = "sD^v<>XPd*p8"
 
 
 def measure(method: Callable[[Problem], Any], problem: Problem, subject: Any) -> dict[str, Any]:
@@ -87,28 +88,27 @@ def frontier(record: dict[str, Any]) -> Figure:
         record: what ``main`` writes.
     """
     methods = {name: found for name, found in record["methods"].items() if "rows" in found}
+    losses = {name: [row["loss"]["mean"] for row in found["rows"]] for name, found in methods.items()}
     figure = Figure(figsize=(8.2, 5))
     axes = figure.subplots()
-    losses = [row["loss"]["mean"] for found in methods.values() for row in found["rows"]]
-    for i, (name, found) in enumerate(methods.items()):
-        keeps = [row["kept"]["mean"] for row in found["rows"]]
-        loss = [row["loss"]["mean"] for row in found["rows"]]
-        spread = [row["loss"]["std"] for row in found["rows"]]
+    for i, name in enumerate(sorted(methods, key=lambda name: -statistics.mean(losses[name]))):  # as they stand
+        rows = methods[name]["rows"]
         first = name == "ours"
         axes.errorbar(
-            keeps,
-            loss,
-            spread,
-            color=VERMILLION if first else DEPTH(i / len(methods)),
-            marker=MARKERS[i % len(MARKERS)],
+            [row["kept"]["mean"] for row in rows],
+            losses[name],
+            [row["loss"]["std"] for row in rows],
+            color=VERMILLION if first else COLOURS[i % len(COLOURS)],
+            marker="o" if first else MARKERS[i % len(MARKERS)],
             linewidth=2.4 if first else 1.1,
-            markersize=6 if first else 4.5,
+            markersize=6 if first else 5,
             capsize=2.5,
             zorder=3 if first else 2,
             label=name,
         )
-    if min(losses) > 0:
-        _log_axis(axes, np.array(losses))
+    every = np.array(list(losses.values()))
+    if every.min() > 0:
+        _log_axis(axes, every)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("prunable parameters kept")
     axes.set_ylabel(record["loss"])
@@ -118,8 +118,7 @@ def frontier(record: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    arguments = parser(__doc__, steps=0, seeds=3)
-    arguments.set_defaults(steps=None)
+    arguments = parser(__doc__, steps=None, seeds=3)
     arguments.add_argument("--model", required=True, choices=list(MODELS))
     arguments.add_argument("--plot", type=Path, help="SVG file to write")
     arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")

@@ -12,7 +12,7 @@ from pathprune.evaluation import machine, peak_memory
 from pathprune.path import library_versions
 
 
-def parser(description: str | None, *, steps: int, seeds: int) -> argparse.ArgumentParser:
+def parser(description: str | None, *, steps: int | None, seeds: int) -> argparse.ArgumentParser:
     """The arguments of every benchmark that searches, with its defaults."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, required=True, help="JSON file to write")

@@ -22,14 +22,14 @@ def random(problem: Problem) -> pp.SolutionPath:
 
 
 def magnitude(problem: Problem) -> pp.SolutionPath:
-    """Euclidean norm of a unit's weights in all its maps (Li et al., "Pruning Filters for Efficient ConvNets", ICLR
-    2017; with group sums as in Fang et al., "DepGraph", CVPR 2023).
+    """Mean square of a unit's weights in all its maps, compared across all layers (Li et al., "Pruning Filters for
+    Efficient ConvNets", ICLR 2017; groups as in Fang et al., "DepGraph", CVPR 2023).
     """
     scores = {}
     for pair in problem.pairs:
         square = sum(weights(problem, pair, slot).square().sum((1, 3)) for slot in pair.slots)
-        scores[pair.name] = by_unit(pair, square)
-    return problem.path(equal_shares(scores))
+        scores[pair.name] = by_unit(pair, square) / pair.unit_params
+    return problem.path(scores)
 
 
 def taylor(problem: Problem) -> pp.SolutionPath:
@@ -46,7 +46,7 @@ def wanda(problem: Problem) -> pp.SolutionPath:
     "Wanda-sp" of An et al., AAAI 2024).
 
     Values and neurons by the map that reads them; a query-key dimension, which no weight reads, by the norms of query
-    and key. As in both papers, every layer loses the same share.
+    and key. Both papers take the same share of every layer; scores relative to their mean in the layer do better.
     """
     found = moments(problem)
     scores = {}
@@ -58,7 +58,7 @@ def wanda(problem: Problem) -> pp.SolutionPath:
         else:
             by_dim = (weights(problem, pair, pair.consumer).abs().sum(-1) * norms[0]).sum(1)
         scores[pair.name] = by_unit(pair, by_dim)
-    return problem.path(equal_shares(scores))
+    return problem.path(relative(scores))
 
 
 def flap(problem: Problem) -> pp.SolutionPath:
@@ -238,7 +238,7 @@ def least_squares(problem: Problem) -> OneSize:
             reads = weights(problem, pair, pair.consumer).square().sum(-1)
             by_dim = ((square - mean.square()) * reads).sum(1)
         scores[pair.name] = by_unit(pair, by_dim)
-    path = problem.path(equal_shares(scores))
+    path = problem.path(relative(scores))
 
     def make(keep: float) -> nn.Module:
         small = pp.slice_model(problem.dense, path.select(pp.Budget(keep=keep)))
@@ -247,12 +247,6 @@ def least_squares(problem: Problem) -> OneSize:
     return make
 
 
-def equal_shares(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores by rank within each pair, in [0, 1]: for criteria whose numbers mean nothing across layers."""
-    ranked = {}
-    for name, score in scores.items():
-        flat = score.flatten()
-        ranks = torch.empty(len(flat))
-        ranks[flat.argsort(stable=True)] = torch.linspace(0, 1, len(flat))
-        ranked[name] = ranks.view(score.shape)
-    return ranked
+def relative(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores over their mean in each pair, for criteria whose numbers mean nothing across layers and kinds."""
+    return {name: score / score.mean() for name, score in scores.items()}
