@@ -22,7 +22,7 @@ import frontier
 from baselines import METHODS, Problem
 from baselines.peers import prunable_left
 from baselines.problem import moments, probes
-from baselines.scores import outputs, rearranged, rescale
+from baselines.scores import overlaps, rearranged, rescaled
 from pathprune.objectives import get_objective
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -96,19 +96,29 @@ def test_the_size_is_that_of_a_selection(subject: Tiny) -> None:
     assert prunable_left(pp.slice_model(subject.dense, selection), problem) == selection.pair_params
 
 
-def test_moments_are_those_of_the_real_tokens() -> None:
-    subject = bert()
-    problem = problem_of(subject)
-    pair = next(pair for pair in problem.pairs if pair.kind == "mlp")
-    seen = []
-    module = subject.dense.get_submodule(pair.consumer.module)
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+def consumed(problem: Problem, pair: pp.Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of the pair's consumer at all real tokens, in float64."""
+    seen: list[list[torch.Tensor]] = [[], []]
+
+    def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+        for part, tensor in zip(seen, (args[0], output), strict=True):
+            part.append(tensor)
+
+    handle = problem.dense.get_submodule(pair.consumer.module).register_forward_hook(hook)
     for batch in problem.batches:
-        subject.dense(**batch)
-        seen[-1] = seen[-1][batch["attention_mask"].bool()]
+        problem.dense(**batch)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        for part in seen:
+            part[-1] = part[-1][real].double()
     handle.remove()
+    return torch.cat(seen[0]), torch.cat(seen[1])
+
+
+def test_moments_are_those_of_the_real_tokens() -> None:
+    problem = problem_of(bert())
+    pair = next(pair for pair in problem.pairs if pair.kind == "mlp")
     mean, square = moments(problem)[pair.name, pair.consumer]
-    x = torch.cat(seen).double()
+    x, _ = consumed(problem, pair)
     torch.testing.assert_close(mean.flatten(), x.mean(0))
     torch.testing.assert_close(square.flatten(), x.square().mean(0))
 
@@ -140,19 +150,26 @@ def test_rearranging_lowers_the_quadratic_and_keeps_the_shape() -> None:
         assert worth[1] < worth[0]
 
 
-def test_rescaling_brings_the_outputs_nearer() -> None:
-    subject = bert()
-    problem = problem_of(subject)
-    small = pp.slice_model(subject.dense, METHODS["taylor"](problem).select(pp.Budget(keep=0.7)))
-    before = {key: value.clone() for key, value in small.state_dict().items()}
-    loss = subject.quality(small)["loss"]
-    rescale(small, problem, outputs(problem))
-    assert subject.quality(small)["loss"] < loss
-    for name, value in small.state_dict().items():  # columns were scaled, and nothing else
-        ratio = value / before[name]
-        if not torch.equal(value, before[name]):
-            assert name.endswith("output.dense.weight")
-            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+@pytest.mark.parametrize("make", [bert, llama])
+def test_rescaling_is_the_least_squares(make: Any) -> None:
+    """Against a direct solution, on the consumers' own inputs."""
+    problem = problem_of(make())
+    found, taken = overlaps(problem), 0
+    for pair in (pair for pair in problem.pairs if pair.kind != "qk"):
+        x, y = consumed(problem, pair)
+        index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width))  # (G, R, D)
+        weight = problem.dense.get_submodule(pair.consumer.module).weight.double()[:, index]
+        shares = torch.einsum("tgrd,ogrd->togd", x[:, index], weight) / y.norm(dim=1)[:, None, None, None]
+        design = shares.flatten(2).flatten(0, 1)  # (tokens x outputs, G U)
+        keep = np.random.default_rng(0).random(pair.shape) < 0.6
+        left = torch.from_numpy(keep.ravel())
+        direct = torch.linalg.lstsq(design[:, left], design.sum(1, keepdim=True)).solution.flatten()
+        ours = torch.from_numpy(rescaled(keep, found[pair.name], ridge=0))
+        expected = torch.ones_like(direct) if direct.abs().max() > 10 else direct
+        torch.testing.assert_close(ours.flatten()[left], expected, rtol=1e-4, atol=1e-4)
+        taken += int(expected is direct)
+        assert (ours.flatten()[~left] == 1).all()
+    assert taken >= 2
 
 
 def test_record_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,8 +13,6 @@ import pathprune as pp
 from baselines.problem import OneSize, Problem, by_unit, moments, probes, weights
 from pathprune.budget import Selection
 from pathprune.pairs import Pair
-from pathprune.recovery.closed_form import consumers
-from pathprune.slicing import PaddedLinear, features, linear_map
 
 
 def random(problem: Problem) -> pp.SolutionPath:
@@ -96,14 +96,13 @@ def fisher(problem: Problem) -> OneSize:
     rows = probes(problem)  # (samples, N)
     path = problem.path(problem.per_cost(rows.square().mean(0)))
     gradients = {name: part.numpy() for name, part in problem.split(rows).items()}
-    targets = outputs(problem)
+    overlap = overlaps(problem)
 
-    def make(keep: float) -> nn.Module:
+    def make(keep: float) -> pp.Selection:
         selection = path.select(pp.Budget(keep=keep))
         kept = {pair.name: rearranged(pair, selection.keep[pair.name], gradients[pair.name]) for pair in problem.pairs}
-        small = pp.slice_model(problem.dense, Selection(problem.pairs, kept, selection.budget))
-        rescale(small, problem, targets)
-        return small
+        scale = {name: rescaled(kept[name], overlap[name]) for name in overlap}
+        return Selection(problem.pairs, kept, selection.budget, scale=scale)
 
     return make
 
@@ -139,84 +138,54 @@ def rearranged(pair: Pair, keep: npt.NDArray[np.bool_], gradients: npt.NDArray[n
     return result
 
 
-READ = 16  # batches that the least squares read, as many as ours
-
-
-def real_tokens(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T, features) -> (tokens, features), without padding."""
-    mask = batch.get("attention_mask")
-    return x.flatten(0, -2) if mask is None else x[mask.bool()]
-
-
 @torch.no_grad()
-def outputs(problem: Problem) -> dict[str, list[Tensor]]:
-    """What the dense maps that read an inner axis return, (tokens, features) for each batch."""
-    found: dict[str, list[Tensor]] = {pair.consumer.module: [] for pair in problem.pairs if pair.kind != "qk"}
-    handles = [
-        problem.dense.get_submodule(name).register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
-        for name, seen in found.items()
-    ]
-    for batch in problem.passes(READ):
+def overlaps(problem: Problem) -> dict[str, Tensor]:
+    """Pair name -> (G U, G U), how much the units' shares in the consumer's output overlap, over one pass of the data.
+
+    With X (tokens, D) the consumer's input and W (D, outputs) its weight, the share of unit u is X_u W_u, and
+    <X_u W_u, X_v W_v> = (X^T X)_uv (W W^T)_uv; query heads of one unit add up. Tokens count by the inverse norm of
+    the output, and padding does not.
+    """
+    found: dict[str, Tensor] = {}
+
+    def gather(pair: Pair) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0] / output.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            x = (x.flatten(0, -2) if mask is None else x[mask.bool()]).double()
+            found[pair.name] = found.get(pair.name, 0) + x.mT @ x
+
+        return hook
+
+    pairs = [pair for pair in problem.pairs if pair.kind != "qk"]
+    handles = [problem.dense.get_submodule(pair.consumer.module).register_forward_hook(gather(pair)) for pair in pairs]
+    for batch in problem.batches:
+        mask = batch.get("attention_mask")
         problem.dense(**batch)
-        for seen in found.values():
-            seen[-1] = real_tokens(seen[-1], batch)
     for handle in handles:
         handle.remove()
+    for pair in pairs:
+        index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width)).transpose(0, 1).flatten(1)  # (R, G D)
+        rows = weights(problem, pair, pair.consumer).transpose(0, 1).flatten(1, 2).double()  # (R, G D, outputs)
+        places, flat = index.flatten(), rows.flatten(0, 1)
+        by_place = found[pair.name][places[:, None], places] * (flat @ flat.mT)
+        found[pair.name] = by_place.unflatten(1, (len(rows), -1)).unflatten(0, (len(rows), -1)).sum((0, 2))
     return found
 
 
-@torch.no_grad()
-def rescale(small: nn.Module, problem: Problem, targets: dict[str, list[Tensor]], ridge: float = 1e-2) -> None:
-    """Scale the inputs of every map that reads a thinned axis, so that its output is nearest to the dense one's.
+def rescaled(keep: npt.NDArray[np.bool_], overlap: Tensor, ridge: float = 1e-2) -> npt.NDArray[np.floating]:
+    """Factors (G, U) of the units that stay, so that the consumer's output is nearest to the one with all units.
 
-    Map by map in forward order, inputs taken from the model as it is so far: with X (tokens, inputs), Y (tokens,
-    outputs) and weight W (outputs, inputs), the least squares over scales s of X diag(s) W^T = Y have the normal
-    equations (X^T X * W^T W) s = diag(X^T Y W). Tokens count by the inverse norm of Y; a ridge pulls towards 1. As in
-    the paper, the first map that wants a scale beyond 10 ends it.
-
-    Args:
-        targets: module -> Y for each batch (``outputs``).
+    They solve the least squares with the ``overlap`` of those that stay as matrix, and with their overlap with all
+    units as right side; a ridge pulls towards 1. As in the paper, factors beyond 10 are not taken.
     """
-    for name in consumers(small, problem.dense):
-        module = linear_map(small, name)
-        weight = module.weight.double()
-        gram = torch.zeros(features(module)[0], features(module)[0], dtype=torch.float64)
-        cross = torch.zeros(len(gram), dtype=torch.float64)
-        for batch, y in zip(problem.passes(READ), targets[name], strict=True):
-            x = input_of(small, name, batch)
-            x = real_tokens(module.crop(x) if isinstance(module, PaddedLinear) else x, batch)
-            by_token = 1 / y.norm(dim=1, keepdim=True).clamp_min(1e-6)
-            x, y = (x * by_token).double(), ((y if module.bias is None else y - module.bias) * by_token).double()
-            gram += x.mT @ x
-            cross += ((x.mT @ y) * weight.mT).sum(1)
-        matrix = gram * (weight.mT @ weight)
-        pull = ridge * matrix.diagonal().mean()
-        scale = torch.linalg.solve(matrix + pull * torch.eye(len(matrix)).double(), cross + pull)
-        if scale.abs().max() > 10:
-            return
-        module.weight.mul_(scale.to(module.weight))
-
-
-class _Reached(Exception):
-    """The forward pass has got as far as it is needed."""
-
-
-def input_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
-    """What one map reads."""
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        model(**batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
+    left = torch.from_numpy(np.flatnonzero(keep))
+    matrix = overlap[left[:, None], left]
+    pull = ridge * matrix.diagonal().mean()
+    factors = torch.linalg.solve(matrix + pull * torch.eye(len(left)).double(), overlap[left].sum(1) + pull)
+    result = np.ones(keep.shape)
+    if len(left) and factors.abs().max() <= 10:
+        result[keep] = factors.numpy()
+    return result
 
 
 def least_squares(problem: Problem) -> OneSize:
