@@ -172,7 +172,7 @@ def overlaps(problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def rescaled(keep: npt.NDArray[np.bool_], overlap: Tensor, ridge: float = 1e-2) -> npt.NDArray[np.floating]:
+def rescaled(keep: npt.NDArray[np.bool_], overlap: Tensor, ridge: float = 0.1) -> npt.NDArray[np.floating]:
     """Factors (G, U) of the units that stay, so that the consumer's output is nearest to the one with all units.
 
     They solve the least squares with the ``overlap`` of those that stay as matrix, and with their overlap with all
@@ -189,25 +189,14 @@ def rescaled(keep: npt.NDArray[np.bool_], overlap: Tensor, ridge: float = 1e-2) 
 
 
 def least_squares(problem: Problem) -> OneSize:
-    """Rank by a unit's share in its map's output, then solve for the weights that stay, layer by layer, in closed form
-    (after Zhang and Yang, "CORP", 2026, arXiv 2602.05243).
+    """Rank by one score, then solve for the weights that stay, layer by layer, in closed form (after Zhang and Yang,
+    "CORP", 2026, arXiv 2602.05243).
 
-    The score is the variance of the activation x squared norm of the weights that read it, a query-key dimension's
-    the product of both mean squares. The solution is ours (``pathprune.recover``), which weights tokens and pulls
-    towards the old weights; CORP has one for the logits, too, which ours has not.
+    The score is the diagonal of the Fisher information, per parameter, which did better than activation energy, the
+    paper's kind of score. The solution is ours (``pathprune.recover``), which weights tokens and pulls towards the old
+    weights; CORP has one for the attention's logits, too, which ours has not.
     """
-    found = moments(problem)
-    scores = {}
-    for pair in problem.pairs:
-        if pair.kind == "qk":
-            queries, keys = (found[pair.name, slot][1].sum(1) for slot in pair.slots)
-            by_dim = queries * keys
-        else:
-            mean, square = found[pair.name, pair.consumer]
-            reads = weights(problem, pair, pair.consumer).square().sum(-1)
-            by_dim = ((square - mean.square()) * reads).sum(1)
-        scores[pair.name] = by_unit(pair, by_dim)
-    path = problem.path(relative(scores))
+    path = problem.path(problem.per_cost(probes(problem).square().mean(0)))
 
     def make(keep: float) -> nn.Module:
         small = pp.slice_model(problem.dense, path.select(pp.Budget(keep=keep)))
