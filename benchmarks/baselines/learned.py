@@ -67,7 +67,7 @@ def lasso(problem: Problem) -> OneSize:
     return make
 
 
-LASSO_LR = 0.02
+LASSO_LR = 0.05
 
 
 def cooled(step: int, steps: int) -> float:
@@ -77,22 +77,23 @@ def cooled(step: int, steps: int) -> float:
 def upop(problem: Problem) -> OneSize:
     """Progressive pruning (Shi et al., "UPop", ICML 2023), one run for each size.
 
-    Gradients in the masks add up over steps. At step t of T, units whose sums say that they are needed least, a
-    share p_t = p sqrt((1 - cos(pi t / T)) / 2) of the parameters, have the mask 1 - p_t / p, and all others 1: the
-    mask of what goes falls to zero by the end. Sums are standardised by kind, as in its code. Weights stay frozen
-    here, and the sums begin with the random probe's, because the objective's gradient is zero at the dense model.
+    Gradients in the masks add up over steps: where removing a unit raises the loss, its sum falls. At step t of T, the
+    units with the largest sums, per parameter, a share p_t = p sqrt((1 - cos(pi t / T)) / 2) of all parameters, have
+    the mask 1 - p_t / p, and the others 1: the mask of what goes falls to zero by the end. That is the schedule of its
+    code. Weights stay frozen here, and the sums begin with the random probe's squares (negative), because the
+    objective's gradient is zero at the dense model.
     """
     begun = max(1, problem.steps // 25)
-    start = probes(problem, begun).square().mean(0)
+    start = -probes(problem, begun).square().mean(0)
 
     def make(keep: float) -> pp.Selection:
         sums, steps = start.clone(), problem.steps - begun
         mask = torch.ones_like(sums)
         with mask_gradients(problem) as gradient:
             for step, batch in enumerate(problem.passes(steps)):
-                sums += gradient(mask, batch).square()
+                sums += gradient(mask, batch)
                 removed = (1 - keep) * math.sqrt((1 - math.cos(math.pi * (step + 1) / steps)) / 2)
-                chosen = problem.path(problem.per_cost(sums)).select(pp.Budget(keep=1 - removed))
+                chosen = problem.path(problem.per_cost(-sums)).select(pp.Budget(keep=1 - removed))
                 hard = torch.cat([torch.from_numpy(chosen.keep[pair.name]).flatten() for pair in problem.pairs])
                 mask = torch.where(hard, 1.0, 1 - removed / (1 - keep))
         return chosen
