@@ -10,6 +10,8 @@ import pathprune as pp
 from baselines.problem import OneSize, Problem, mask_gradients, probes
 from pathprune.inclusion import adam_direction, adam_init
 
+LASSO_LR = 0.05  # chosen from 0.02 to 0.2
+
 
 def ours(problem: Problem) -> pp.SolutionPath:
     """``pathprune.search`` as it comes."""
@@ -65,9 +67,6 @@ def lasso(problem: Problem) -> OneSize:
         return problem.path(problem.split(mask + tie_break)).select(pp.Budget(keep=keep))
 
     return make
-
-
-LASSO_LR = 0.05
 
 
 def cooled(step: int, steps: int) -> float:

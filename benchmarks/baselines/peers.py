@@ -56,10 +56,10 @@ def squared_gradients(problem: Problem) -> dict[str, Tensor]:
     noise = torch.Generator().manual_seed(problem.seed)
     watched = {name: p.requires_grad_() for name, p in model.named_parameters() if name in names}
     squares = {name: torch.zeros(p.shape) for name, p in watched.items()}
-    for batch in problem.passes():
+    for batch in problem.batches:
         value = problem.objective.probe(model(**batch), batch, noise)
         for name, gradient in zip(watched, torch.autograd.grad(value, list(watched.values())), strict=True):
-            squares[name] += gradient.float().square() / problem.steps
+            squares[name] += gradient.float().square() / len(problem.batches)
     return squares
 
 

@@ -65,9 +65,9 @@ class Problem:
         """(N,), parameters of every unit."""
         return torch.tensor([pair.unit_params for pair in self.pairs]).repeat_interleave(torch.tensor(self.sizes))
 
-    def passes(self, count: int | None = None) -> Iterator[Batch]:
-        """As many batches as a method may take, going round the data."""
-        return islice(cycle(self.batches), self.steps if count is None else count)
+    def passes(self, count: int) -> Iterator[Batch]:
+        """That many batches, going round the data."""
+        return islice(cycle(self.batches), count)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """From (..., N) to scores."""
@@ -146,12 +146,15 @@ def probes(problem: Problem, count: int | None = None) -> Tensor:
 
     The objective's own gradient is zero there, because nothing has been removed. The probe's mean square is the
     diagonal of the objective's Gauss-Newton matrix, its Fisher information (``pathprune.objectives``).
+
+    Args:
+        count: batches; by default all, once. (On MiniLM, 100 passes over 40 batches ranked no better than 40.)
     """
     noise = torch.Generator().manual_seed(problem.seed)
     masks: dict[str, Tensor] = {}
     rows = []
     with attach_masks(problem.model, problem.pairs, masks):
-        for batch in problem.passes(count):
+        for batch in problem.batches if count is None else problem.passes(count):
             ones = torch.ones(samples(batch), sum(problem.sizes), requires_grad=True)
             masks.update(problem.split(ones))
             value = problem.objective.probe(problem.model(**batch), batch, noise)
