@@ -15,7 +15,7 @@ import time
 
 import pathprune as pp
 from models import DINOv2
-from recording import parser, search_settings, write_record
+from recording import command, parser, search_settings, write_record
 
 TARGETS = {  # at least, at most
     "0.75": {"cosine": 0.97, "knn_accuracy_points_lost": 1},
@@ -53,7 +53,7 @@ def main() -> None:
         runs.append({"seed": seed, "search_seconds": seconds, "search_images": images, "rows": rows})
     kinds = [kind for kind in runs[0]["rows"][0] if kind not in ("keep", "params")]
     result = {
-        "command": "python benchmarks/dinov2.py",
+        "command": command("dinov2.py", args),
         "model": subject.label,
         "params": path.pairs.base.params,
         "prunable_params": path.pairs.prunable_params,

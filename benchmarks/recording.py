@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def parser(description: str | None, *, steps: int | None, seeds: int) -> argpars
 def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What ``--setting`` gave."""
     return {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.setting)}
+
+
+def command(name: str, args: argparse.Namespace) -> str:
+    """What repeats a run, but for where it writes."""
+    return shlex.join(["python", f"benchmarks/{name}", *(part for one in args.setting for part in ("--setting", one))])
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:

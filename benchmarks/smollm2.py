@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pathprune as pp
 from models import SmolLM2
-from recording import parser, search_settings, write_record
+from recording import command, parser, search_settings, write_record
 
 TARGETS = {"0.9": 1.10, "0.8": 1.25, "0.7": 1.60}  # times the dense perplexity
 
@@ -36,6 +36,7 @@ def main() -> None:
         data = subject.batches(seed, args.steps)
         start = time.perf_counter()
         folder = args.runs and args.runs / f"seed-{seed}"
+        resume = bool(folder and folder.exists())
         path = pp.search(
             subject.searched,
             data,
@@ -43,10 +44,10 @@ def main() -> None:
             steps=args.steps,
             seed=seed,
             out=folder,
-            resume=bool(folder and folder.exists()),
+            resume=resume,
             **search_settings(args),
         )
-        seconds = time.perf_counter() - start
+        seconds = None if resume else time.perf_counter() - start  # of a whole search only
         rows = []
         for keep in subject.keeps:
             selection = path.select(pp.Budget(keep=keep))
@@ -56,7 +57,7 @@ def main() -> None:
         tokens = sum(batch["input_ids"].numel() for batch in data)
         runs.append({"seed": seed, "search_seconds": seconds, "search_tokens": tokens, "rows": rows})
     result = {
-        "command": "python benchmarks/smollm2.py",
+        "command": command("smollm2.py", args),
         "model": subject.label,
         "params": path.pairs.base.params,
         "prunable_params": path.pairs.prunable_params,
