@@ -47,7 +47,7 @@ def test_smollm2_predicts_english() -> None:
 def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from smollm2 import perplexity, windows
+    from models import perplexity, windows
 
     source = materials.smollm2()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
@@ -92,7 +92,7 @@ def test_dinov2_tells_clothes_apart() -> None:
 def test_dinov2_goes_the_whole_way(tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    from dinov2 import features
+    from models import features
 
     model = materials.dinov2()
     clothes, _ = materials.fashion_mnist("train")
