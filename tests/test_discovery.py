@@ -229,6 +229,11 @@ def test_what_an_attention_leaves_in_a_cache_is_part_of_what_it_gives(constants:
             torch.testing.assert_close(slice_model(model, selection)(**inputs), expected, rtol=0, atol=1e-9)
 
 
+def test_a_cache_that_no_other_layer_reads_changes_no_pair() -> None:
+    model, inputs = tiny("Llama", num_key_value_heads=2), tiny_inputs()
+    assert find_pairs(model, {**inputs, "use_cache": True}) == find_pairs(model, {**inputs, "use_cache": False})
+
+
 def test_neurons_that_are_zero_prove_nothing() -> None:
     with pytest.raises(UnsupportedModelError, match="masking its units does not change its output"):
         find_pairs(Lone(bias=False), {"input_ids": torch.zeros(3, 4)})

@@ -25,7 +25,7 @@ from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
 from pathprune.modes import evaluating
 from pathprune.pairs import BaseModel, Pair, PairList
-from pathprune.proof import Call, prove
+from pathprune.proof import Call, in_caches, prove
 from pathprune.slicing import Map, attention_of, features, is_map
 
 # Configuration entries that say how a model was loaded or saved, not what it computes.
@@ -86,7 +86,7 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 f"{_reasons(refused)}See docs/architectures.md for what is supported"
             )
         found: dict[int, list[Pair]] = {}
-        groups, calls = _capture(model, batch, candidates)
+        groups, calls, shared = _capture(model, batch, candidates)
         for fewer in (True, False):
             for alike in groups:
                 first = next((candidate for candidate in alike if candidate.block in calls), None)
@@ -98,7 +98,13 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 scope = model.get_submodule(first.block)
                 fixed = _swapped(model, first.block)
                 held, reasons = prove(
-                    inside, scope, calls[first.block], columns, narrow=not fixed, fewer=fewer and not fixed
+                    inside,
+                    scope,
+                    calls[first.block],
+                    columns,
+                    shared=shared,
+                    narrow=not fixed,
+                    fewer=fewer and not fixed,
                 )
                 for candidate in alike:
                     names = {pair.kind: pair.name for pair in candidate.choices[0]}
@@ -294,9 +300,10 @@ def run_once(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 def _capture(
     model: nn.Module, batch: Mapping[str, Any], candidates: list[Candidate]
-) -> tuple[list[list[Candidate]], dict[str, Call]]:
+) -> tuple[list[list[Candidate]], dict[str, Call], bool]:
     """Candidates that need one proof, because they differ in nothing but their weights and the values that they
-    are called with; and the arguments of one block and attention of each such group, as they were before the call.
+    are called with; the arguments of one block and attention of each such group, as they were before the call;
+    and whether layers share what they leave in a cache.
     """
     alike = {}
     for candidate in candidates:
@@ -309,9 +316,12 @@ def _capture(
     forms: dict[str, Any] = {}
     seen: set[Any] = set()
     calls: dict[str, Call] = {}
+    held: dict[str, set[int]] = {}
+    shared = False
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            held[name] = in_caches((args, kwargs))
             if name in forms:
                 return
             leaves, tree = pytree.tree_flatten((args, kwargs))
@@ -323,7 +333,19 @@ def _capture(
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(remember(n), with_kwargs=True) for n in watched]
+    def compare(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal shared  # unless the layer was the first that wrote where it wrote, and will be the last
+            after = in_caches((args, kwargs))
+            shared = shared or (bool(after) and after == held[name])
+
+        return hook
+
+    handles = []
+    for name in watched:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(remember(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(compare(name), with_kwargs=True))
     try:
         run_once(model, batch)
     finally:
@@ -333,7 +355,7 @@ def _capture(
     for candidate in candidates:
         block, attention = candidate.block, attention_of(model, candidate.choices[0][0])
         groups.setdefault((alike[id(candidate)], forms.get(block), forms.get(attention)), []).append(candidate)
-    return list(groups.values()), calls
+    return list(groups.values()), calls, shared
 
 
 def _inside(pair: Pair) -> Pair:

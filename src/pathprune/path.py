@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pathprune import __version__
 from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget, Selection, select
 from pathprune.errors import ArtifactError, MismatchError
@@ -201,8 +202,8 @@ class SolutionPath:
 
 def library_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    versions = {}
-    for name in ("pathprune", "torch", "transformers", "safetensors", "numpy"):
+    versions = {"pathprune": __version__}
+    for name in ("torch", "transformers", "safetensors", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

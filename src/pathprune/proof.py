@@ -60,9 +60,14 @@ class Float64(TorchDispatchMode):
 
 
 class Bench:
-    """One sublayer and the arguments of one call of it, in float64."""
+    """One sublayer and the arguments of one call of it, in float64.
 
-    def __init__(self, scope: nn.Module, call: Call) -> None:
+    Args:
+        shared: whether other layers read what this one leaves in a cache, which is then a part of what it gives.
+    """
+
+    def __init__(self, scope: nn.Module, call: Call, shared: bool) -> None:
+        self.shared = shared
         self.scope = copy.deepcopy(scope).double()
         self.scope.eval()  # by itself: some layers' own train() returns nothing
         for module in self.scope.modules():  # grouped kernels know no float64
@@ -73,7 +78,7 @@ class Bench:
 
     def run(self, module: nn.Module) -> list[list[Tensor]]:
         """What it gives: its output (the first tensor; attention weights, by head, may follow), then all that it was
-        given and may have written into, as other layers may read that (a cache that two decoders share).
+        given and may have written into, as other layers may read that.
 
         Twice where attention may be fused or not (timm), which takes the scale from different places.
         """
@@ -83,7 +88,7 @@ class Bench:
             args, kwargs = copy.deepcopy(self.call)  # layers may write into what they are given, a cache for one
             with Float64():
                 output = module(*args, **kwargs)
-            outputs.append([*islice(_tensors(output), 1), *_tensors((args, kwargs))])
+            outputs.append([*islice(_tensors(output), 1), *_tensors((args, kwargs), self.shared)])
             for switch in switches:
                 switch.fused_attn = not switch.fused_attn
         return outputs
@@ -135,7 +140,14 @@ class Bench:
 
 
 def prove(
-    candidate: Candidate, scope: nn.Module, call: Call, columns: int, *, narrow: bool = True, fewer: bool = True
+    candidate: Candidate,
+    scope: nn.Module,
+    call: Call,
+    columns: int,
+    *,
+    shared: bool = False,
+    narrow: bool = True,
+    fewer: bool = True,
 ) -> tuple[list[Pair], dict[Kind, str]]:
     """The pairs of a candidate, seen from its block, in the first form that holds; and refused kinds with the reason.
 
@@ -143,9 +155,10 @@ def prove(
         scope: the block.
         call: its arguments.
         columns: width of the cos and sin that the attention is handed by name; zero if it is not.
+        shared: whether the model's layers read what others leave in a cache.
         narrow, fewer: whether forms of attention with narrower or fewer heads may be taken.
     """
-    bench = Bench(scope, call)
+    bench = Bench(scope, call, shared)
     held: list[Pair] = []
     refused: dict[Kind, str] = {}
     for choice in candidate.choices:
@@ -266,13 +279,28 @@ def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    """All floating tensors in nested containers, caches among them."""
-    for leaf in pytree.tree_leaves(x):
+def _cache(x: Any) -> bool:
+    return isinstance(x, Cache | CacheLayerMixin)
+
+
+def _tensors(x: Any, caches: bool = False) -> Iterator[Tensor]:
+    """All floating tensors in nested containers, caches among them if asked for."""
+    for leaf in pytree.tree_leaves(x, is_leaf=_cache):
         if _floating(leaf):
             yield leaf.detach()
-        elif isinstance(leaf, Cache | CacheLayerMixin):
-            yield from _tensors(vars(leaf))
+        elif caches and _cache(leaf):
+            yield from _tensors(vars(leaf), caches)
+
+
+def in_caches(call: Call) -> set[int]:
+    """The layers' caches, by identity, that hold something among the arguments of a call."""
+    held: set[int] = set()
+    for cache in filter(_cache, pytree.tree_leaves(call, is_leaf=_cache)):
+        if isinstance(cache, Cache):
+            held |= in_caches(((vars(cache),), {}))
+        elif cache.is_initialized:
+            held.add(id(cache))
+    return held
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
