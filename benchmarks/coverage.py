@@ -261,6 +261,8 @@ def _tokens(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float) ->
     selection = _selection(pairs, 0, KEEPS[0])
     for one in (model, pp.slice_model(model, selection)):
         one.generation_config.eos_token_id = None
+        if one.config.is_encoder_decoder and one.generation_config.decoder_start_token_id is None:
+            one.generation_config.decoder_start_token_id = 0
         tokens = []
         for cache in (False, True):
             torch.manual_seed(0)
