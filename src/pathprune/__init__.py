@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pathprune.recovery import recover as recover
     from pathprune.searching import search as search
     from pathprune.slicing import slice_model as slice_model
+    from pathprune.statistics import Statistics as Statistics
+    from pathprune.statistics import gather_statistics as gather_statistics
 
 __version__ = "0.1.0"
 
@@ -42,8 +44,10 @@ _HOME = {
     "Selection": "budget",
     "Slot": "pairs",
     "SolutionPath": "path",
+    "Statistics": "statistics",
     "UnsupportedModelError": "errors",
     "find_pairs": "discovery",
+    "gather_statistics": "statistics",
     "load_model": "hub",
     "masked": "masks",
     "recover": "recovery",

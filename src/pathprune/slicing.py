@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import Ints, Pair, Slot
+from pathprune.statistics import Statistics, refit
 
 # Names under which attention modules keep their sizes; each is set only where its value is the dense size.
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "attention_head_dim",
@@ -168,27 +169,35 @@ class _Axis:
         return old[order], new[order]
 
 
-def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
+def slice_model(model: nn.Module, selection: Selection, statistics: Statistics | None = None) -> nn.Module:
     """A new, physically smaller model; ``model`` is untouched.
 
-    In exact arithmetic its outputs are those of ``masked(model, selection)``. Its configuration
-    carries the widths, so that ``save_pretrained`` and ``from_pretrained`` work as for any
+    In exact arithmetic its outputs are those of ``masked(model, selection)``, unless weights are refitted.
+    Its configuration carries the widths, so that ``save_pretrained`` and ``from_pretrained`` work as for any
     model of ``transformers`` (``pathprune.hub``).
 
+    Args:
+        statistics: of this model (``gather_statistics``). The maps that read thinned axes are refitted with
+            them, in closed form, to make up for the units that leave.
+
     Raises:
-        MismatchError: the selection belongs to another model, or to other weights of it; or its widths of
-            experts are such that their kernel cannot read them.
+        MismatchError: the selection or the statistics belong to another model, or to other weights of it; or the
+            widths of experts are such that their kernel cannot read them.
     """
     from pathprune.discovery import check_base
     from pathprune.hub import attach_record
 
     check_base(model, selection.pairs)
-    small, record = slice_modules(model, selection)
+    if statistics is not None and statistics.base != selection.pairs.base:
+        raise MismatchError("the statistics were gathered from another model; gather them from this one")
+    small, record = slice_modules(model, selection, statistics)
     attach_record(small, record, selection)
     return small
 
 
-def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
+def slice_modules(
+    model: nn.Module, selection: Selection, statistics: Statistics | None = None
+) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
     axes, record = _plan(model, selection)
     check_experts(model, record)
@@ -199,7 +208,7 @@ def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Re
             parts.setdefault(slot.module, []).append((pair, slot))
     for name, axis in axes.items():
         old = linear_map(model, name)
-        weight, bias = _sliced(old, axis, parts[name], selection)
+        weight, bias = _sliced(old, axis, parts[name], selection, statistics)
         new = _sized(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
@@ -397,9 +406,9 @@ def _blocks(new: Ints, size: int) -> Record | None:
 
 
 def _sliced(
-    module: Map, axis: _Axis, parts: list[tuple[Pair, Slot]], selection: Selection
+    module: Map, axis: _Axis, parts: list[tuple[Pair, Slot]], selection: Selection, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What is left of a map's weight and bias, in its own orientation; rotations, scales and fills in float64."""
+    """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64."""
     weight = axis_first(module.weight.detach(), module, axis.side)
     bias: Tensor | None = None if module.bias is None else module.bias.detach()
     for pair, slot in parts:
@@ -418,7 +427,11 @@ def _sliced(
             if bias is not None:
                 bias = bias.index_copy(0, index, bias[index] * factor)
         if slot == pair.consumer:
+            whole = weight, bias
             weight, bias = _fold(weight, bias, pair, slot, selection)
+            if statistics is not None and pair.name in statistics.moments and not selection.keep[pair.name].all():
+                moment = statistics.moments[pair.name].to(weight.device, torch.float64)
+                weight, bias = _refit(weight, bias, whole, pair, selection, moment)
     kept = torch.from_numpy(axis.places()[0]).to(weight.device)
     if bias is not None and axis.side == "out":
         bias = bias[kept]
@@ -442,6 +455,33 @@ def _fold(
         if slot.side == "out" and bias is not None:
             bias = bias.double().index_copy(0, places, bias[places] * factor)
     return weight, bias
+
+
+def _refit(
+    weight: Tensor,
+    bias: Tensor | None,
+    whole: tuple[Tensor, Tensor | None],
+    pair: Pair,
+    selection: Selection,
+    moment: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Fit a consumer's weight and bias, as folded, to what the ``whole`` ones give."""
+    index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
+    places = torch.from_numpy(index.ravel()).to(weight.device)
+    keep = np.broadcast_to(pair.by_dim(selection.keep[pair.name])[:, None], index.shape)
+    kept = torch.from_numpy(np.flatnonzero(keep)).to(weight.device)
+    if pair.name in selection.basis:
+        rotation = torch.from_numpy(selection.basis[pair.name]).to(moment)
+        for _ in range(2):  # rows, then columns
+            heads = moment[:-1].unflatten(0, index.shape)
+            moment = torch.cat([torch.einsum("ged,grd...->gre...", rotation, heads).flatten(0, 2), moment[-1:]]).mT
+    start = weight[places[kept]].double()
+    before = weight.new_zeros((), dtype=torch.float64) if whole[1] is None else whole[1].double()
+    if bias is not None:
+        start = torch.cat([start, (bias.double() - before).expand(1, -1)])
+    fitted = refit(moment, whole[0][places].double(), kept, start, biased=bias is not None)
+    weight = weight.double().index_copy(0, places[kept], fitted[: len(kept)])
+    return weight, None if bias is None else before + fitted[-1]
 
 
 def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
