@@ -95,7 +95,7 @@ def family(path: SolutionPath) -> dict[str, Any]:
             member("keep-25", 0.25, 0.613, 0.842),
         ],
         "latency_tokens": 128,
-        "settings": {"search": {"steps": 300, "basis": True}, "recover": {"method": "distill"}},
+        "settings": {"search": {"steps": 300, "basis": True}, "recover": {"steps": 350}},
         "seconds": {"search": 150.0, "recover": 90.0},
         "machine": {"processor": "a processor", "cores": 2},
         "versions": {"pathprune": "0.1.0", "torch": "2.13.0"},

@@ -193,14 +193,14 @@ def least_squares(problem: Problem) -> OneSize:
     "CORP", 2026, arXiv 2602.05243).
 
     The score is the diagonal of the Fisher information, per parameter, which did better than activation energy, the
-    paper's kind of score. The solution is ours (``pathprune.recover``), which weights tokens and pulls towards the old
-    weights; CORP has one for the attention's logits, too, which ours has not.
+    paper's kind of score. The solution is ours (``pathprune.statistics``), which weights tokens and pulls towards the
+    old weights; CORP has one for the attention's logits, too, which ours has not.
     """
     path = problem.path(problem.per_cost(probes(problem).square().mean(0)))
+    statistics = pp.gather_statistics(problem.dense, path.pairs, problem.batches, progress=False)
 
     def make(keep: float) -> nn.Module:
-        small = pp.slice_model(problem.dense, path.select(pp.Budget(keep=keep)))
-        return pp.recover(small, teacher=problem.dense, data=problem.batches, method="closed-form", progress=False)
+        return pp.slice_model(problem.dense, path.select(pp.Budget(keep=keep)), statistics)
 
     return make
 

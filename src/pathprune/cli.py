@@ -38,11 +38,6 @@ class UnitName(str, Enum):
     head = "head"
 
 
-class Method(str, Enum):
-    distill = "distill"
-    closed_form = "closed-form"
-
-
 ModelArg = Annotated[str, typer.Argument(help="Folder or hub id of the dense model.")]
 DataOpt = Annotated[
     Path, typer.Option(help="Unlabelled texts, one a line or .jsonl with a field; or a folder of images.")
@@ -169,6 +164,13 @@ def slice_(
         str | None, typer.Option(help="Parameters of the whole model: a fraction (0.7) or a number (90000000).")
     ] = None,
     macs: Annotated[str | None, typer.Option(help="MACs per token of the whole model: a fraction or a number.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Refit the weights that stay, in closed form, on this data (as for search).")
+    ] = None,
+    batch_size: BatchOpt = 16,
+    max_length: LengthOpt = 48,
+    field: FieldOpt = "text",
+    device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Cut a model of the size you ask for from a path, and save it like any other."""
@@ -176,10 +178,16 @@ def slice_(
     from pathprune.hub import save_model
     from pathprune.path import SolutionPath
     from pathprune.slicing import slice_model
+    from pathprune.statistics import gather_statistics
 
     path = SolutionPath.load(run)
     selection = path.select(Budget(keep=keep, params=_number(params), macs=_number(macs)))
-    save_model(slice_model(_load(model, "cpu"), selection), out, source=model)
+    dense = _load(model, device if data else "cpu")
+    statistics = None
+    if data:
+        batches = _batches(dense, model, data, field, batch_size, max_length)
+        statistics = gather_statistics(dense, path.pairs, batches)
+    save_model(slice_model(dense, selection, statistics), out, source=model)
     if as_json:
         _print_json(out=str(out), **selection.to_dict())
         return
@@ -193,9 +201,8 @@ def recover(
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     data: DataOpt,
     out: Annotated[Path, typer.Option(help="Folder for the recovered model.")],
-    method: Annotated[Method, typer.Option(help="How to recover.")] = Method.distill,
     steps: Annotated[int, typer.Option(help="Distillation steps.")] = 300,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of distillation.")] = 3e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     objective: ObjectiveOpt = "auto",
     batch_size: BatchOpt = 16,
     max_length: LengthOpt = 48,
@@ -204,23 +211,21 @@ def recover(
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Give a sliced model back what slicing cost it, without labels."""
+    """Train a sliced model to imitate the dense one again, without labels."""
     from pathprune.evaluation import fidelity
     from pathprune.hub import save_model
     from pathprune.recovery import recover as run
 
     dense, small = _load(teacher, device), _load(model, device)
     batches = _batches(dense, teacher, data, field, batch_size, max_length)
-    settings: dict[str, Any] = {}
-    if method is Method.distill:
-        settings = {"steps": steps, "lr": lr, "seed": seed, "objective": objective}
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective}
     first = list(islice(batches, 8))
     before = fidelity(small, dense, first, objective)
-    recovered = run(small, teacher=dense, data=batches, method=method.value, **settings)
+    recovered = run(small, teacher=dense, data=batches, **settings)
     after = fidelity(recovered, dense, first, objective)
     save_model(recovered, out, source=model)
     if as_json:
-        _print_json(out=str(out), method=method.value, fidelity_on_training_data={"before": before, "after": after})
+        _print_json(out=str(out), fidelity_on_training_data={"before": before, "after": after})
         return
     typer.echo(f"{out}: fidelity to dense on the first batches of this data {before:.4f} -> {after:.4f}")
     typer.echo(f"Next: pathprune evaluate {out} --teacher {teacher} --data unseen.txt")

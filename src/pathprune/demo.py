@@ -197,7 +197,7 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
 
     say(f"3/4 recover each: {recover_steps} distillation steps")
     began = time.perf_counter()
-    settings: dict[str, Any] = {"method": "distill", "steps": recover_steps, "seed": seed}
+    settings: dict[str, Any] = {"steps": recover_steps, "seed": seed}
     teacher = Targets(dense, HiddenObjective())  # every size sees the same batches: the dense model runs once
     for entry, small in zip(members[1:], sliced, strict=True):
         save_model(recover(small, teacher=teacher, data=data, **settings), out / entry["folder"], source=source)

@@ -1,21 +1,20 @@
-"""Give a sliced model back what slicing cost it, from unlabelled data and the dense model."""
+"""Give a sliced model back what slicing cost it, from unlabelled data and the dense model.
+
+What a closed form can give back, slicing gives at once: ``pathprune.statistics``.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from pathprune.data import Batches
-from pathprune.errors import DataError, MismatchError
+from pathprune.errors import MismatchError
 from pathprune.modes import evaluating
-from pathprune.objectives import Targets
-from pathprune.recovery.closed_form import least_squares
+from pathprune.objectives import Objective, Targets
 from pathprune.recovery.distill import distill
-
-Method = Literal["closed-form", "distill"]
 
 
 def recover(
@@ -23,43 +22,32 @@ def recover(
     *,
     teacher: nn.Module | Targets,
     data: Iterable[Mapping[str, Tensor]],
-    method: Method = "distill",
+    steps: int = 300,
+    lr: float = 3e-4,
+    objective: str | Objective = "auto",
+    seed: int = 0,
     progress: bool | None = None,
-    **settings: Any,
 ) -> nn.Module:
-    """A recovered copy of ``small``, of the same shape; ``small`` and ``teacher`` are untouched.
+    """A copy of ``small``, of the same shape, trained to imitate ``teacher``; both are untouched.
 
     Args:
         small: sliced from ``teacher``.
         teacher: the dense model; or its remembered outputs, where several sizes are distilled on the same data.
         data: re-iterable of model-input dicts.
-        method: ``"closed-form"`` fits the maps that read thinned axes by least squares, layer by
-            layer (``least_squares``); ``"distill"`` trains the weights to imitate the teacher (``distill``).
+        steps, lr, objective, seed: see ``pathprune.recovery.distill.distill``.
         progress: show a bar; by default only on a terminal.
-        **settings: ``count=`` and ``ridge=`` for the closed form; ``steps=``, ``lr=``,
-            ``objective=`` and ``seed=`` for distillation.
 
     Raises:
         MismatchError: ``small`` was not sliced from a model like ``teacher``.
         DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
     """
-    if method not in ("closed-form", "distill"):
-        raise DataError(f"method={method!r} is not one of closed-form, distill")
     dense = teacher.teacher if isinstance(teacher, Targets) else teacher
     _check_sliced(small, dense)
     batches = Batches(dense, data)
     student = copy.deepcopy(small)
     hidden = None if progress is None else not progress
     with evaluating(dense), evaluating(student):
-        try:
-            if method == "distill":
-                distill(student, teacher, batches, hidden=hidden, **settings)
-            else:
-                least_squares(student, dense, batches, hidden=hidden, **settings)
-        except TypeError as error:
-            if "unexpected keyword" not in str(error):
-                raise
-            raise DataError(f"unknown setting of method={method!r}: {error}") from error
+        distill(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed)
     return student
 
 
