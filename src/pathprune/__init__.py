@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathprune.slicing import slice_model as slice_model
     from pathprune.statistics import Statistics as Statistics
     from pathprune.statistics import gather_statistics as gather_statistics
+    from pathprune.sorting import sort_units as sort_units
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _HOME = {
     "save_model": "hub",
     "search": "searching",
     "slice_model": "slicing",
+    "sort_units": "sorting",
 }
 
 __all__ = sorted(_HOME)

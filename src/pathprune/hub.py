@@ -100,7 +100,7 @@ class PathpruneLoader(HfQuantizer):
         slicing.shape_modules(model, _below(model, self.quantization_config.record))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        # Sliced models are saved under the names of their own modules, see `_attach`; a tower alone drops the prefix
+        # Sliced models are saved under the names of their own modules, see `own_names`; a tower alone drops the prefix
         # that it has in the whole model.
         return [c for c in weight_conversions if isinstance(c, PrefixChange) and c.prefix_to_remove]
 
@@ -133,13 +133,10 @@ def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -
 
 def _attach(model: Any, config: PathpruneConfig) -> None:
     """Also to the configurations of its parts, so that a tower of CLIP saves and loads alone, too."""
+    own_names(model)
     owners: set[int] = set()
     for name, part in model.named_modules():
-        if not _of_transformers(part):
-            continue
-        # transformers would save some architectures in an older layout, and cut fused weights into parts of dense sizes
-        part._weight_conversions = []
-        if id(part.config) in owners:
+        if not _of_transformers(part) or id(part.config) in owners:
             continue
         owners.add(id(part.config))
         record = {
@@ -150,6 +147,15 @@ def _attach(model: Any, config: PathpruneConfig) -> None:
             part.config.quantization_config = config
         elif any(record.values()):
             part.config.quantization_config = PathpruneConfig(record)
+
+
+def own_names(model: nn.Module) -> None:
+    """Have a model saved under its own modules' names: transformers would save some architectures in an older layout,
+    and cut fused weights into parts of dense sizes.
+    """
+    for part in model.modules():
+        if _of_transformers(part):
+            part._weight_conversions = []  # type: ignore[assignment]
 
 
 def _of_transformers(model: Any) -> bool:

@@ -118,7 +118,7 @@ class _Walk:
 
     def _neurons(self, pair: Pair) -> None:
         score = self.score[pair.name][0]  # (U,)
-        ascending = np.argsort(score, kind="stable")
+        ascending = _ascending(score)
         starts = np.r_[0, np.arange(self._first(pair.units), pair.units, self.multiple)]
         sizes = np.diff(np.r_[starts, pair.units])
         self.leaves[pair.name][0, ascending] = np.repeat(np.arange(len(starts)), sizes)
@@ -133,7 +133,7 @@ class _Walk:
         for pair in self.members:
             score = self.score[pair.name]
             shared = pair.rotary or self.unit == "shared"
-            rank = np.argsort(np.broadcast_to(score.mean(0), score.shape) if shared else score, axis=1, kind="stable")
+            rank = _ascending(np.broadcast_to(score.mean(0), score.shape) if shared else score)
             ranks[pair.name] = rank
             worth = np.take_along_axis(score, rank, axis=1) * pair.unit_params
             held[pair.name] = np.concatenate([worth[:, ::-1].cumsum(1)[:, ::-1], np.zeros((groups, 1))], axis=1)
@@ -155,7 +155,7 @@ class _Walk:
                 if self.unit in ("dim", "shared"):  # no head ever leaves alone: the layer's attention goes whole
                     heads, value = np.flatnonzero(alive), float(worth[alive].mean())
                 else:
-                    weakest = int(np.where(alive, worth, np.inf).argmin())
+                    weakest = int(_ascending(np.where(alive, worth, np.inf))[0])
                     heads, value = np.array([weakest]), float(worth[weakest])
                 if best is None or value < best[0]:
                     best = (value, None, 0)
@@ -174,6 +174,12 @@ class _Walk:
 
     def _leave(self, pair: Pair, heads: Ints, units: Ints, event: int) -> None:
         self.leaves[pair.name][heads[:, None], units] = event
+
+
+def _ascending(score: Floats) -> Ints:
+    """Indices that sort the last axis; of equals the last comes first, so that what stays of them is a prefix."""
+    found: Ints = score.shape[-1] - 1 - np.argsort(score[..., ::-1], axis=-1, kind="stable")
+    return found
 
 
 def _pool(value: Floats, weight: Ints) -> Floats:

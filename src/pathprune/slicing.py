@@ -414,12 +414,9 @@ def _sliced(
     for pair, slot in parts:
         basis = selection.basis.get(pair.name)
         if basis is not None:
-            matrix = torch.from_numpy(basis).double()
-            # The masked side takes A, its partner A^-T, so that products do not change.
-            side = matrix if slot == pair.mask_slot else torch.linalg.inv(matrix).mT
-            weight = _rotate(weight, side, pair, slot)
+            weight = rotate(weight, basis, pair, slot)
             if slot.side == "out" and bias is not None:
-                bias = _rotate(bias, side, pair, slot)
+                bias = rotate(bias, basis, pair, slot)
         if pair.rescale and pair.kind == "qk" and slot == pair.slots[0]:
             index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
             factor = math.sqrt(axis.width / pair.width)
@@ -490,8 +487,11 @@ def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
     return weight if first else weight.mT
 
 
-def _rotate(tensor: Tensor, rotation: Tensor, pair: Pair, slot: Slot) -> Tensor:
-    """Apply a (G, D, D) rotation to the inner axis, the first, of a weight or bias."""
+def rotate(tensor: Tensor, basis: npt.NDArray[np.floating], pair: Pair, slot: Slot) -> Tensor:
+    """Apply a pair's rotation A, (G, D, D), to the inner axis, the first, of one map's weight or bias; in float64."""
+    rotation = torch.from_numpy(basis).double()
+    if slot != pair.mask_slot:  # its partner takes A^-T, so that products do not change
+        rotation = torch.linalg.inv(rotation).mT
     index = torch.from_numpy(slot.index(pair.groups, pair.width)).to(tensor.device)  # (G, R, D)
     heads = torch.einsum("ged,grd...->gre...", rotation.to(tensor.device), tensor.double()[index])
     return tensor.double().index_copy(0, index.flatten(), heads.flatten(0, 2))

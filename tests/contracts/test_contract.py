@@ -41,6 +41,7 @@ from pathprune.order import UNITS, Unit
 from pathprune.pairs import Pair, Slot
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
+from pathprune.sorting import sort_units
 from strategies import EXTREMES, selection_of
 from subjects import ROWS, Inputs, Row, padding
 
@@ -125,6 +126,22 @@ def test_sliced_is_masked(subject: Subject) -> None:
         expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row, name)
         assert gap(expected, dense) > VISIBLE, name
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
+
+
+def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject) -> None:
+    some = selection_of(subject.pairs, "full")  # for its rotations and fills
+    scores = {pair.name: np.random.default_rng(0).random(pair.shape) for pair in subject.pairs}
+    path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis))
+    ordered, again = sort_units(subject.model, path)
+    rounded = not subject.row.rounds
+    expected = run(subject.model, subject.inputs, rounded=rounded)
+    assert gap(run(ordered, subject.inputs, rounded=rounded), expected) < EXACT
+    small, theirs = (
+        slice_model(*of)
+        for of in ((ordered, again.select(Budget(keep=0.5))), (subject.model, path.select(Budget(keep=0.5))))
+    )
+    expected = run(theirs, subject.inputs, rounded=rounded)
+    assert gap(run(small, subject.inputs, rounded=rounded), expected) < EXACT
 
 
 def test_values_and_outputs_of_a_pair_belong_together(subject: Subject) -> None:

@@ -1,0 +1,132 @@
+"""Sort the units of a dense model by importance, so that every size of a path is a prefix of its weights.
+
+Rotations are folded into the weights, and every axis whose places mean nothing is brought into the order in
+which its units leave, those that stay longest first: the neurons of an MLP or of an expert, the dimensions of a
+head, and the heads of a layer. Places that do mean something stay: dimensions under rotary embedding or a norm, heads
+that the layer's code tells apart (position biases), whatever the pair's proof found the code not to follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathprune.discovery import check_base, identify
+from pathprune.hub import own_names
+from pathprune.pairs import Ints, Pair, PairList, Slot
+from pathprune.path import Floats, SolutionPath
+from pathprune.slicing import axis_first, linear_map, rotate
+
+
+def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, SolutionPath]:
+    """A model that computes what ``model`` computes, with its units sorted, and a path of the same family over it.
+
+    The sorted model has the class, configuration and shapes of ``model``, which is untouched; sliced at any
+    budget by its own path, which has no rotations, it computes what ``model`` does sliced by ``path``.
+
+    Raises:
+        MismatchError: the path belongs to another model.
+    """
+    check_base(model, path.pairs)
+    ordered, orders = copy.deepcopy(model), unit_orders(path)
+    with torch.no_grad():
+        for pair in path.pairs:
+            for slot in pair.slots:
+                sort = _sort_stack if slot.parameter else _sort_map
+                sort(ordered, pair, slot, orders[pair.name], path.basis.get(pair.name))
+    own_names(ordered)
+    return ordered, rebased(sorted_path(path, orders), ordered)
+
+
+@dataclass(frozen=True)
+class UnitOrder:
+    """Where the units of a pair come from.
+
+    Args:
+        heads: (G,), the old group of each new one.
+        units: (G, U), the old unit of each new one; by old group.
+    """
+
+    heads: Ints
+    units: Ints
+
+    def apply(self, array: Floats) -> Floats:
+        """Sort a (G, U) array."""
+        return np.take_along_axis(array, self.units, axis=1)[self.heads]
+
+
+def unit_orders(path: SolutionPath) -> dict[str, UnitOrder]:
+    """Pair name -> its units by the time at which they leave, the last first."""
+    attention: dict[str, list[Pair]] = {}
+    for pair in path.pairs:
+        if pair.kind != "mlp":
+            attention.setdefault(pair.block, []).append(pair)
+    orders = {}
+    for pair in path.pairs:
+        step = path.order.step[pair.name]  # (G, U)
+        heads, units = np.arange(pair.groups), np.broadcast_to(np.arange(pair.units), pair.shape)
+        members = attention.get(pair.block, []) if pair.kind != "mlp" else []
+        if {member.kind for member in members} == {"qk", "vo"} and all(member.fewer for member in members):
+            heads = _descending(step.max(axis=1))
+        if pair.rotatable or (pair.kind == "mlp" and pair.narrow and not pair.mixing):
+            # A path that removes the same dimensions from every head must find them in the same places again.
+            units = _descending(np.broadcast_to(step.max(axis=0), pair.shape) if path.unit == "shared" else step)
+        orders[pair.name] = UnitOrder(heads, units)
+    return orders
+
+
+def sorted_path(path: SolutionPath, orders: dict[str, UnitOrder]) -> SolutionPath:
+    """The same family by new places, without rotations."""
+
+    def moved(arrays: dict[str, Floats]) -> dict[str, Floats]:
+        return {name: orders[name].apply(array) for name, array in arrays.items()}
+
+    return replace(path, ranking=moved(path.ranking), fill=moved(path.fill), slope=moved(path.slope), basis={})
+
+
+def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
+    """The path as one of a model with the same pairs and other weights."""
+    base = path.pairs.base
+    here = identify(model, base.macs_per_token, base.macs_per_sequence)
+    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused))
+
+
+def _descending(step: Ints) -> Ints:
+    return np.argsort(-step, axis=-1, kind="stable")
+
+
+def _sort_map(model: nn.Module, pair: Pair, slot: Slot, order: UnitOrder, basis: Floats | None) -> None:
+    """Sort the inner axis of one linear map in place."""
+    module = linear_map(model, slot.module)
+    places = slot.index(pair.groups, pair.width)  # (G, R, D)
+    units = np.broadcast_to(np.arange(pair.width), (pair.groups, pair.width)) if pair.rotary else order.units
+    new = torch.from_numpy(places.ravel())
+    old = torch.from_numpy(np.take_along_axis(places, units[:, None], axis=2)[order.heads].ravel())
+
+    def sort(tensor: Tensor) -> Tensor:
+        if basis is not None:
+            tensor = rotate(tensor, basis, pair, slot)
+        return tensor.index_copy(0, new.to(tensor.device), tensor[old.to(tensor.device)])
+
+    module.weight.copy_(axis_first(sort(axis_first(module.weight, module, slot.side)), module, slot.side))
+    if module.bias is not None and slot.side == "out":
+        module.bias.copy_(sort(module.bias))
+
+
+def _sort_stack(model: nn.Module, pair: Pair, slot: Slot, order: UnitOrder, basis: Floats | None) -> None:
+    """Sort the neurons of every expert in place."""
+    module = model.get_submodule(slot.module)
+    weight: Tensor = getattr(module, slot.parameter)
+    size = weight.shape[slot.dim]
+    neurons = slot.index(1, pair.width)[0, 0]  # (D,), their places in each expert
+    old = np.tile(np.arange(size), (pair.groups, 1))
+    old[:, neurons] = neurons[order.units]
+    where = torch.from_numpy(old).to(weight.device)
+    weight.copy_(torch.take_along_dim(weight, where.unsqueeze(3 - slot.dim), slot.dim))
+    if slot.bias and slot.side == "out":
+        bias: Tensor = getattr(module, f"{slot.parameter}_bias")
+        bias.copy_(torch.take_along_dim(bias, where, 1))
