@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathprune.pairs import Pair as Pair
     from pathprune.pairs import PairList as PairList
     from pathprune.pairs import Slot as Slot
+    from pathprune.partial import load_slice as load_slice
     from pathprune.path import SolutionPath as SolutionPath
     from pathprune.recovery import recover as recover
     from pathprune.searching import search as search
@@ -50,6 +51,7 @@ _HOME = {
     "find_pairs": "discovery",
     "gather_statistics": "statistics",
     "load_model": "hub",
+    "load_slice": "partial",
     "masked": "masks",
     "recover": "recovery",
     "save_model": "hub",

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -171,9 +171,16 @@ def _facts(scope: nn.Module) -> tuple[Any, ...]:
     return tuple(facts)
 
 
-def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int) -> BaseModel:
+Read = Callable[[str, range], Tensor]
+
+
+def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int, read: Read | None = None) -> BaseModel:
     """Hash a model's configuration, and a sample of its weights (rounded to bfloat16, so that it
     does not depend on the precision they were loaded in).
+
+    Args:
+        read: gives some values of a parameter by its name and their places in the flattened one; by default the
+            model's own.
     """
     config = getattr(model, "config", None)
     facts = config.to_diff_dict() if config is not None else {}
@@ -181,8 +188,13 @@ def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int) -> B
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:17].to("cpu", torch.bfloat16)
+        places = range(0, parameter.numel(), max(1, parameter.numel() // 16))[:17]
+        values = (
+            parameter.detach().flatten()[places.start : places.stop : places.step]
+            if read is None
+            else read(name, places)
+        )
+        sample = values.to("cpu", torch.bfloat16)
         weights.update(sample.view(torch.int16).numpy().tobytes())
     return BaseModel(
         architecture=type(model).__name__,
@@ -194,13 +206,16 @@ def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int) -> B
     )
 
 
-def check_base(model: nn.Module, pairs: PairList) -> None:
+def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> None:
     """Check that ``pairs`` were found in this very model.
+
+    Args:
+        read: see ``identify``.
 
     Raises:
         MismatchError: architecture, configuration or weights differ.
     """
-    base, here = pairs.base, identify(model, pairs.base.macs_per_token, pairs.base.macs_per_sequence)
+    base, here = pairs.base, identify(model, pairs.base.macs_per_token, pairs.base.macs_per_sequence, read)
     for what, theirs, ours in (
         ("architecture", base.architecture, here.architecture),
         ("size", f"{base.params:,} parameters", f"{here.params:,} parameters"),

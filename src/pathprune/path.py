@@ -20,7 +20,8 @@ from pathprune.order import UNITS, Order, Unit, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
-ARRAYS = ("ranking", "fill", "basis", "slope")  # by pair
+# Arrays by pair, and their precision. What a fill adds up to is to be taken from the same sum over few units.
+ARRAYS = {"ranking": "f4", "fill": "f4", "basis": "f4", "slope": "f4", "fill_sum": "f8"}
 
 Floats = npt.NDArray[np.floating]
 
@@ -54,6 +55,8 @@ class SolutionPath:
         basis: pair name -> (G, D, D), see ``Selection``.
         slope: pair name -> (G, U); where a fraction r of the prunable parameters is kept, the ``Selection``'s
             scale is 1 + (1 - r) slope.
+        fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
+            (``pathprune.sorting``), so that a size can be loaded without the weights of the units that it lacks.
         trajectory: what the search did.
         config: how the search was set up; empty for a ranking from elsewhere.
         versions: of the libraries that made the path.
@@ -67,6 +70,7 @@ class SolutionPath:
     fill: dict[str, Floats] = field(default_factory=dict)
     basis: dict[str, Floats] = field(default_factory=dict)
     slope: dict[str, Floats] = field(default_factory=dict)
+    fill_sum: dict[str, Floats] = field(default_factory=dict)
     trajectory: Trajectory = field(default_factory=Trajectory)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -81,8 +85,8 @@ class SolutionPath:
         names = {pair.name for pair in self.pairs}
         if len(names) < len(self.pairs):
             raise MismatchError("two pairs have the same name")
-        for part in ARRAYS:  # as it will be on disk, so that saving changes no family
-            arrays = {name: np.asarray(array, dtype=np.float32) for name, array in getattr(self, part).items()}
+        for part, dtype in ARRAYS.items():  # as it will be on disk, so that saving changes no family
+            arrays = {name: np.asarray(array, dtype=dtype) for name, array in getattr(self, part).items()}
             object.__setattr__(self, part, arrays)
         if set(self.ranking) != names:
             raise MismatchError(
@@ -93,7 +97,9 @@ class SolutionPath:
         rotatable = {pair.name for pair in self.pairs if pair.rotatable}
         scalable = {pair.name for pair in self.pairs if pair.scalable}
         if wrong := sorted(
-            (set(self.fill) - fillable) | (set(self.basis) - rotatable) | (set(self.slope) - scalable),
+            ((set(self.fill) | set(self.fill_sum)) - fillable)
+            | (set(self.basis) - rotatable)
+            | (set(self.slope) - scalable),
         ):
             raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
         for pair in self.pairs:
@@ -104,6 +110,8 @@ class SolutionPath:
                 _check(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
             if pair.name in self.slope:
                 _check(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
+            if pair.name in self.fill_sum:
+                _check(f"fill_sum of {pair.name}", self.fill_sum[pair.name], (pair.consumer.size,))
 
     @classmethod
     def from_scores(
@@ -151,7 +159,7 @@ class SolutionPath:
         tensors: dict[str, npt.NDArray[Any]] = {}
         for part in ARRAYS:
             for name, array in getattr(self, part).items():
-                tensors[f"{part}/{name}"] = np.asarray(array, dtype=np.float32)
+                tensors[f"{part}/{name}"] = array
         for name, array in asdict(self.trajectory).items():
             tensors[f"trajectory/{name}"] = np.asarray(array, dtype=np.float32)
         meta = {
@@ -190,6 +198,7 @@ class SolutionPath:
                 fill=parts["fill"],
                 basis=parts["basis"],
                 slope=parts["slope"],
+                fill_sum=parts["fill_sum"],
                 trajectory=Trajectory(**parts["trajectory"]),
                 config=meta["config"],
                 versions=meta["versions"],

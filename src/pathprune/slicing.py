@@ -147,7 +147,7 @@ class _RotaryColumns:
 
 
 @dataclass
-class _Axis:
+class Axis:
     """The sliced axis of one linear map: which dense places are kept, and where they are seen."""
 
     side: str
@@ -199,7 +199,7 @@ def slice_modules(
     model: nn.Module, selection: Selection, statistics: Statistics | None = None
 ) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
-    axes, record = _plan(model, selection)
+    axes, record = plan(model, selection)
     check_experts(model, record)
     memo: dict[int, Any] = {}
     parts: dict[str, list[tuple[Pair, Slot]]] = {}
@@ -208,7 +208,7 @@ def slice_modules(
             parts.setdefault(slot.module, []).append((pair, slot))
     for name, axis in axes.items():
         old = linear_map(model, name)
-        weight, bias = _sliced(old, axis, parts[name], selection, statistics)
+        weight, bias = sliced_map(old, axis, parts[name], selection, statistics)
         new = _sized(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
@@ -225,10 +225,10 @@ def slice_modules(
     return small, record
 
 
-def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Record]:
+def plan(model: nn.Module, selection: Selection) -> tuple[dict[str, Axis], Record]:
     """What ``selection`` leaves of every map's axis, and the shapes of the sliced model."""
     record: Record = {"modules": {}, "parameters": {}, "attributes": {}, "rotary": {}}
-    axes: dict[str, _Axis] = {}
+    axes: dict[str, Axis] = {}
     blocks: dict[str, list[Pair]] = {}
     for pair in selection.pairs:
         blocks.setdefault(pair.block if pair.kind != "mlp" else pair.name, []).append(pair)
@@ -251,7 +251,7 @@ def _plan(model: nn.Module, selection: Selection) -> tuple[dict[str, _Axis], Rec
 
 
 def _plan_attention(
-    model: nn.Module, selection: Selection, members: list[Pair], axes: dict[str, _Axis], record: Record
+    model: nn.Module, selection: Selection, members: list[Pair], axes: dict[str, Axis], record: Record
 ) -> None:
     _check_rectangles(selection, members)
     first = members[0]
@@ -295,7 +295,7 @@ def _check_rectangles(selection: Selection, members: list[Pair]) -> None:
 
 
 def _place(
-    model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], axes: dict[str, _Axis], groups: int, width: int
+    model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], axes: dict[str, Axis], groups: int, width: int
 ) -> None:
     """Add the places of one pair's kept dimensions to its maps' axes, seen as ``groups`` x ``width``."""
     dims = pair.by_dim(keep)  # (G, D)
@@ -310,7 +310,7 @@ def _place(
         dense = features(linear_map(model, slot.module))[slot.side == "out"]
         whole = (pair.narrow and width != pair.width) or (pair.fewer and groups != pair.groups)
         size = slot.total * groups * width if whole else dense
-        axis = axes.setdefault(slot.module, _Axis(slot.side, dense, size, width))
+        axis = axes.setdefault(slot.module, Axis(slot.side, dense, size, width))
         if (axis.side, axis.size) != (slot.side, size):
             raise MismatchError(f"{slot.module}: two pairs see the map differently")
         here = slot.index(pair.groups, pair.width)
@@ -382,7 +382,7 @@ def linear_map(model: nn.Module, name: str) -> Map:
     return module
 
 
-def _shape(module: Map, axis: _Axis) -> Record:
+def _shape(module: Map, axis: Axis) -> Record:
     new = axis.places()[1]
     sizes = list(features(module))
     sizes[axis.side == "out"] = len(new)
@@ -405,8 +405,8 @@ def _blocks(new: Ints, size: int) -> Record | None:
     return {"blocks": len(starts), "width": width, "padded": padded}
 
 
-def _sliced(
-    module: Map, axis: _Axis, parts: list[tuple[Pair, Slot]], selection: Selection, statistics: Statistics | None
+def sliced_map(
+    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor | None]:
     """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64."""
     weight = axis_first(module.weight.detach(), module, axis.side)
@@ -443,8 +443,7 @@ def _fold(
     mask = torch.from_numpy(pair.by_dim(selection.mask(pair))).to(weight.device)  # (G, D)
     places = torch.from_numpy(index.ravel()).to(weight.device)
     if pair.name in selection.fill:
-        constant = (1 - mask) * torch.from_numpy(selection.fill[pair.name]).to(mask)
-        added = constant.unsqueeze(1).expand(index.shape).flatten() @ weight[places].double()
+        added = through((1 - pair.by_dim(selection.mask(pair))) * selection.fill[pair.name], weight, index)
         bias = added if bias is None else bias.double() + added
     if pair.name in selection.scale:
         factor = mask.unsqueeze(1).expand(index.shape).flatten()
@@ -479,6 +478,17 @@ def _refit(
     fitted = refit(moment, whole[0][places].double(), kept, start, biased=bias is not None)
     weight = weight.double().index_copy(0, places[kept], fitted[: len(kept)])
     return weight, None if bias is None else before + fitted[-1]
+
+
+def through(constant: npt.NDArray[np.floating], weight: Tensor, places: Ints) -> Tensor:
+    """What a consumer makes of a constant (G, D) at its input: (d,), in float64.
+
+    Args:
+        weight: (places, d).
+        places: (G, R, D), of each head's dimensions in ``weight``.
+    """
+    value = torch.from_numpy(constant).to(weight.device, torch.float64).unsqueeze(1).expand(places.shape).flatten()
+    return value @ weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
 
 
 def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
@@ -540,25 +550,54 @@ def check_experts(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 def _sliced_stacks(model: nn.Module, pair: Pair, selection: Selection) -> dict[int, nn.Parameter]:
     """Identity of each stacked parameter -> what is left of it."""
-    keep, left = selection.keep[pair.name], dict[int, nn.Parameter]()
-    for (owner, parameter), slots in _stacks(pair).items():
+    left: dict[int, nn.Parameter] = {}
+    for stack in stacks(pair, selection.keep[pair.name]):
+        whole = getattr(model.get_submodule(stack.module), stack.parameter)
+        where = torch.from_numpy(stack.places).to(whole.device)
+        if whole.dim() == 3:
+            where = where.unsqueeze(3 - stack.dim)
+        kept = scaled_stack(torch.take_along_dim(whole.detach(), where, stack.dim), stack, pair, selection)
+        left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
+    return left
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stacked parameter of a pair, sliced.
+
+    Args:
+        module, parameter: its name.
+        dim: the dimension that is sliced.
+        places: (experts, kept), what stays of it.
+        consumes: whether scales are folded into it.
+    """
+
+    module: str
+    parameter: str
+    dim: int
+    places: Ints
+    consumes: bool
+
+
+def stacks(pair: Pair, keep: npt.NDArray[np.bool_]) -> list[Stack]:
+    """The stacked parameters of a pair, biases included, and what stays of them."""
+    found = []
+    for (module, parameter), slots in _stacks(pair).items():
         old = np.concatenate([np.stack([slot.index(1, pair.width)[0, 0][row] for row in keep]) for slot in slots], 1)
         new = np.concatenate([slot.index(1, max(int(keep[0].sum()), 1))[0, 0][: keep[0].sum()] for slot in slots])
-        index = torch.from_numpy(old[:, np.argsort(new)])  # (experts, kept)
-        names = [(parameter, slots[0].dim)]
+        places = old[:, np.argsort(new)]
+        found.append(Stack(module, parameter, slots[0].dim, places, pair.consumer in slots))
         if slots[0].bias and slots[0].side == "out":
-            names.append((f"{parameter}_bias", 1))
-        for name, dim in names:
-            whole = getattr(model.get_submodule(owner), name)
-            where = index.to(whole.device)
-            if whole.dim() == 3:
-                where = where.unsqueeze(3 - dim)
-            kept = torch.take_along_dim(whole.detach(), where, dim)
-            if pair.name in selection.scale and pair.consumer in slots:
-                factor = torch.take_along_dim(torch.from_numpy(selection.mask(pair)).to(kept.device), index, 1)
-                kept = (kept * factor.unsqueeze(3 - dim)).to(kept.dtype)
-            left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
-    return left
+            found.append(Stack(module, f"{parameter}_bias", 1, places, consumes=False))
+    return found
+
+
+def scaled_stack(kept: Tensor, stack: Stack, pair: Pair, selection: Selection) -> Tensor:
+    """Fold the scales of the units that stay into what is left of a stacked parameter."""
+    if not stack.consumes or pair.name not in selection.scale:
+        return kept
+    factor = torch.from_numpy(np.take_along_axis(selection.mask(pair), stack.places, axis=1)).to(kept.device)
+    return (kept * factor.unsqueeze(3 - stack.dim)).to(kept.dtype)
 
 
 def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:

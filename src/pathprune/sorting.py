@@ -19,7 +19,7 @@ from pathprune.discovery import check_base, identify
 from pathprune.hub import own_names
 from pathprune.pairs import Ints, Pair, PairList, Slot
 from pathprune.path import Floats, SolutionPath
-from pathprune.slicing import axis_first, linear_map, rotate
+from pathprune.slicing import axis_first, linear_map, rotate, through
 
 
 def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, SolutionPath]:
@@ -89,10 +89,17 @@ def sorted_path(path: SolutionPath, orders: dict[str, UnitOrder]) -> SolutionPat
 
 
 def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
-    """The path as one of a model with the same pairs and other weights."""
+    """A path without rotations as one of a model with the same pairs and other weights."""
     base = path.pairs.base
     here = identify(model, base.macs_per_token, base.macs_per_sequence)
-    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused))
+    sums = {}
+    for pair in path.pairs:
+        if pair.name in path.fill:
+            module = linear_map(model, pair.consumer.module)
+            weight = axis_first(module.weight.detach(), module, pair.consumer.side)
+            places = pair.consumer.index(pair.groups, pair.width)
+            sums[pair.name] = through(path.fill[pair.name], weight, places).cpu().numpy()
+    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), fill_sum=sums)
 
 
 def _descending(step: Ints) -> Ints:

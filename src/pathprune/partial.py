@@ -1,0 +1,215 @@
+"""Load a model at a size from a dense checkpoint with a sorted path beside it, reading that size's bytes only.
+
+The model is built without weights, the path says which rows and columns of which maps the size keeps, and only
+those are read from the safetensors files, as contiguous runs: one prefix where units are sorted, one a head in
+attention. Whatever belongs to no pair (embeddings, norms) is read whole. The small weights then go through
+``from_pretrained``, like those of any sliced model (``pathprune.hub``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pathprune.budget import Budget, Selection
+from pathprune.discovery import check_base
+from pathprune.errors import ArtifactError, MismatchError
+from pathprune.hub import PathpruneConfig
+from pathprune.pairs import Ints, Pair, Slot
+from pathprune.path import SolutionPath
+from pathprune.slicing import Axis, axis_first, filled, linear_map, plan, scaled, scaled_stack, stacks
+
+
+def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: Any = None, **options: Any) -> nn.Module:
+    """The model that ``slice_model`` would cut from a checkpoint at ``budget``, loaded without the rest of it.
+
+    Args:
+        folder: a dense model as ``save_pretrained`` wrote it (safetensors), and a path as ``SolutionPath.save`` did,
+            both from ``elastic`` or ``sort_units``.
+        model_class: a class of ``transformers``, or one of its Auto classes; by default the one that was searched.
+        **options: of ``from_pretrained``: ``dtype=``, ``device_map=``, ...
+
+    Raises:
+        ArtifactError: the folder lacks the model or the path, or a file cannot be read.
+        MismatchError: the path belongs to other weights (a sample of every parameter is compared, as in
+            ``slice_model``), or has rotations, which need weights of units that are left out.
+        BudgetError: see ``SolutionPath.select``.
+    """
+    path = SolutionPath.load(folder)
+    if path.basis or set(path.fill) != set(path.fill_sum):
+        raise MismatchError(
+            f"the path in {folder} needs all weights of a head or a map to make a small one; sort its model once with "
+            "pathprune.sort_units(model, path), or train it with pathprune.elastic, and save the model and path that "
+            "come back"
+        )
+    selection = path.select(budget)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        dense = _empty(getattr(transformers, path.pairs.base.architecture, model_class), config)
+        kind = dense if model_class is None else _empty(model_class, config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"cannot build a {path.pairs.base.architecture} from {folder}: {error}") from error
+    with _opened(Path(folder)) as weights:
+        weights.tie(dense)
+        check_base(dense, path.pairs, weights.sample)
+        state, record = _sliced_state(dense, path, selection, weights)
+    config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
+    small = type(kind).from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **options})
+    if small.can_generate() and (Path(folder) / "generation_config.json").exists():
+        small.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return small
+
+
+def _empty(kind: Any, config: Any) -> Any:
+    """A model without weights."""
+    with torch.device("meta"):
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def _sliced_state(
+    dense: nn.Module, path: SolutionPath, selection: Selection, weights: _Weights
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is left of every tensor of the checkpoint, and the record of its shapes."""
+    axes, record = plan(dense, selection)
+    parts: dict[str, list[tuple[Pair, Slot]]] = {}
+    for pair in path.pairs:
+        for slot in pair.slots:
+            parts.setdefault(slot.module, []).append((pair, slot))
+    state: dict[str, Tensor] = {}
+    for name, axis in axes.items():
+        weight, bias = _map(linear_map(dense, name), name, axis, parts[name], path, selection, weights)
+        state[f"{name}.weight"] = weight
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    for pair in path.pairs:
+        if pair.stacked and not selection.keep[pair.name].all():
+            for stack in stacks(pair, selection.keep[pair.name]):
+                name = f"{stack.module}.{stack.parameter}"
+                kept = weights.kept_of_each(name, stack.places, stack.dim)
+                state[name] = scaled_stack(kept, stack, pair, selection)
+    return state | {name: weights.whole(name) for name in weights.files if name not in state}, record
+
+
+def _map(
+    module: Any,
+    name: str,
+    axis: Axis,
+    parts: list[tuple[Pair, Slot]],
+    path: SolutionPath,
+    selection: Selection,
+    weights: _Weights,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one sliced map; what ``slicing`` computes from the whole one."""
+    kept = axis.places()[0]
+    first = axis_first(module.weight, module, axis.side) is module.weight
+    weight = axis_first(weights.kept(f"{name}.weight", kept, 0 if first else 1), module, axis.side)
+    dtype = weight.dtype
+    bias = None
+    if module.bias is not None:
+        out = axis.side == "out"
+        bias = weights.kept(f"{name}.bias", kept, 0) if out else weights.whole(f"{name}.bias")
+    added = None
+    for pair, slot in filled(parts, selection):
+        # (1 - m) c, summed over all units, is the sum of c less that of m c, which is zero but where a unit stays.
+        stays = np.zeros(axis.dense)
+        constant = pair.by_dim(selection.mask(pair)) * path.fill[pair.name]  # (G, D)
+        stays[slot.index(pair.groups, pair.width)] = constant[:, None]
+        added = torch.from_numpy(path.fill_sum[pair.name]) - torch.from_numpy(stays[kept]) @ weight.double()
+    weight, bias = scaled(weight, bias, axis, parts, selection)
+    if added is not None:
+        bias = added if bias is None else bias.double() + added
+    return axis_first(weight, module, axis.side).to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+class _Weights:
+    """The tensors of a checkpoint, read by parts.
+
+    Args:
+        files: name of a tensor -> the open file that holds it.
+        names: name of a parameter -> that of the tensor it is tied to.
+    """
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self.files = files
+        self.names: dict[str, str] = {}
+
+    def tie(self, model: nn.Module) -> None:
+        """Learn which parameters of ``model`` are one and the same, of which a checkpoint holds one."""
+        alike: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            alike.setdefault(id(parameter), []).append(name)
+        for names in alike.values():
+            held = next((name for name in names if name in self.files), None)
+            if held is None:
+                raise ArtifactError(
+                    f"the checkpoint has no {names[0]}, which {type(model).__name__} has; save the model that "
+                    "pathprune.sort_units or pathprune.elastic gave with save_pretrained"
+                )
+            self.names |= dict.fromkeys(names, held)
+
+    def whole(self, name: str) -> Tensor:
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
+
+    def sample(self, name: str, places: range) -> Tensor:
+        """Single values, by their places in the flattened tensor."""
+        name = self.names[name]
+        part = self.files[name].get_slice(name)
+        shape = part.get_shape()
+        if not shape:
+            return self.whole(name).flatten()
+        values = []
+        for place in places:
+            at = np.unravel_index(place, shape)
+            values.append(part[tuple(slice(int(i), int(i) + 1) for i in at)].flatten())
+        return torch.cat(values) if values else torch.empty(0)
+
+    def kept(self, name: str, places: Ints, dim: int) -> Tensor:
+        """Some rows (``dim`` 0), columns (1), ...; ascending, and read run by run."""
+        return self._runs(name, (slice(None),) * dim, places, dim)
+
+    def kept_of_each(self, name: str, places: Ints, dim: int) -> Tensor:
+        """The same of stacked maps, (experts, ...), by expert; ``places`` is (experts, kept)."""
+        each = [
+            self._runs(name, (slice(expert, expert + 1), *(slice(None),) * (dim - 1)), row, dim)
+            for expert, row in enumerate(places)
+        ]
+        return torch.cat(each)
+
+    def _runs(self, name: str, ahead: tuple[slice, ...], places: Ints, dim: int) -> Tensor:
+        part = self.files[name].get_slice(name)
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        edges = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [(0, 0)]
+        return torch.cat([part[(*ahead, slice(*edge))] for edge in edges], dim)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[_Weights]:
+    """The checkpoint's safetensors files, one or several."""
+    try:
+        index = folder / "model.safetensors.index.json"
+        shards = [folder / "model.safetensors"]
+        if index.exists():
+            held = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = [folder / Path(name).name for name in sorted(set(held))]
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for shard in shards:
+                file = stack.enter_context(safe_open(shard, framework="pt"))
+                files |= dict.fromkeys(file.keys(), file)
+            yield _Weights(files)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot read the weights in {folder}: {error!r}. It must hold model.safetensors, whole or in shards, as "
+            "save_pretrained writes it; copy it again from its source"
+        ) from error
