@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathprune.partial import load_slice as load_slice
     from pathprune.path import SolutionPath as SolutionPath
     from pathprune.recovery import recover as recover
+    from pathprune.recovery.nested import elastic as elastic
     from pathprune.searching import search as search
     from pathprune.slicing import slice_model as slice_model
     from pathprune.statistics import Statistics as Statistics
@@ -48,6 +49,7 @@ _HOME = {
     "SolutionPath": "path",
     "Statistics": "statistics",
     "UnsupportedModelError": "errors",
+    "elastic": "recovery.nested",
     "find_pairs": "discovery",
     "gather_statistics": "statistics",
     "load_model": "hub",

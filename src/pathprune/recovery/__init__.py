@@ -15,6 +15,7 @@ from pathprune.errors import MismatchError
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
 from pathprune.recovery.distill import distill
+from pathprune.recovery.nested import elastic as elastic
 
 
 def recover(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pathprune.data import Batches, check_finite
@@ -36,6 +38,29 @@ def distill(
     Raises:
         DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
     """
+    imitate(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed)
+
+
+def imitate(
+    student: nn.Module,
+    teacher: nn.Module | Targets,
+    batches: Batches,
+    *,
+    hidden: bool | None,
+    steps: int,
+    lr: float,
+    objective: str | Objective,
+    seed: int,
+    beside: Sequence[Tensor] = (),
+    beside_lr: float = 0.0,
+    before: Callable[[dict[str, Tensor]], None] | None = None,
+) -> None:
+    """``distill``, with what ``elastic`` needs more.
+
+    Args:
+        beside: tensors to train beside the weights, without weight decay, at ``beside_lr``.
+        before: is called with each step's batch before the student sees it.
+    """
     if steps < 1 or lr <= 0:
         raise DataError(f"steps={steps} and lr={lr} must be positive")
     if isinstance(teacher, nn.Module):
@@ -49,13 +74,18 @@ def distill(
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+        optimizer, peaks = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01), [lr]
+        if beside:
+            optimizer.add_param_group({"params": list(beside), "weight_decay": 0.0})
+            peaks.append(beside_lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=0.1)
         stream = iter(batches)
         with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
             for step in bar:
                 batch = next(stream)
                 target = teacher(batch)
+                if before is not None:
+                    before(batch)
                 loss = teacher.objective.loss(student(**batch), batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,253 @@
+"""One run recovers every size, as prefixes of one checkpoint, of which a size reads its own bytes only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, BertModel, MixtralConfig, MixtralForCausalLM
+
+import pathprune as pp
+from conftest import Subject, assert_same_model, randomise, tiny_inputs
+from helpers import VOCAB, tiny_batches, tiny_bert
+from pathprune import partial
+from pathprune.evaluation import fidelity
+from pathprune.objectives import HiddenObjective
+from pathprune.path import SolutionPath
+from test_sorting import path_of
+
+SIZES = (0.75, 0.5, 0.25)
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[BertModel, SolutionPath]:
+    model = tiny_bert()
+    return model, pp.search(model, tiny_batches(count=12), steps=20, multiple=4, progress=False)
+
+
+def losses(model: torch.nn.Module, path: SolutionPath, dense: torch.nn.Module) -> list[float]:
+    unseen = tiny_batches(seed=1)
+    return [
+        1 - fidelity(pp.slice_model(model, path.select(pp.Budget(keep=keep))), dense, unseen) for keep in (*SIZES, 1.0)
+    ]
+
+
+def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertModel, SolutionPath]) -> None:
+    dense, path = searched
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    data = tiny_batches(count=40)
+    model, again = pp.elastic(dense, path, data=data, steps=150, lr=3e-3, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in (*dense.parameters(), *model.parameters()))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert model.config.to_dict() == dense.config.to_dict()
+    found, start = losses(model, again, dense), losses(dense, path, dense)
+    assert all(a < 0.7 * b for a, b in zip(found[:3], start[:3], strict=True))
+    assert found[3] < found[0]
+    assert again.order.step.keys() == path.order.step.keys()
+    np.testing.assert_array_equal(again.order.units, path.order.units)
+
+
+def test_same_seed_same_weights(searched: tuple[BertModel, SolutionPath]) -> None:
+    (one, first), (two, second) = (
+        pp.elastic(*searched, data=tiny_batches(), steps=3, progress=False) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    for part in ("fill", "slope", "fill_sum"):
+        assert getattr(first, part).keys() == getattr(second, part).keys()
+        for name, array in getattr(first, part).items():
+            np.testing.assert_array_equal(array, getattr(second, part)[name])
+
+
+def test_experts_are_recovered_too() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB, intermediate_size=32, num_local_experts=3, initializer_range=0.3, head_dim=8, **shape
+        )
+    ).eval()
+    data = tiny_batches(count=12)
+    dense.set_experts_implementation("eager")  # grouped kernels take no experts of width zero
+    path = pp.search(dense, data, steps=10, progress=False)
+    assert any(pair.stacked for pair in path.pairs)
+    model, again = pp.elastic(dense, path, data=data, steps=60, lr=3e-3, progress=False)
+    found, start = losses(model, again, dense), losses(dense, path, dense)
+    assert all(a < b for a, b in zip(found[:3], start[:3], strict=True))
+
+
+@pytest.mark.parametrize("lowest", [0.0, 1.0, -0.5, float("nan")])
+def test_a_lowest_size_out_of_range_is_refused(searched: tuple[BertModel, SolutionPath], lowest: float) -> None:
+    with pytest.raises(pp.DataError, match=r"lowest=.* must lie between 0 and 1"):
+        pp.elastic(*searched, data=tiny_batches(), lowest=lowest)
+
+
+def test_bad_input_is_refused(searched: tuple[BertModel, SolutionPath]) -> None:
+    dense, path = searched
+    with pytest.raises(pp.DataError, match="steps=0"):
+        pp.elastic(dense, path, data=tiny_batches(), steps=0)
+    with pytest.raises(pp.DataError, match="data is empty"):
+        pp.elastic(dense, path, data=[])
+    with pytest.raises(pp.MismatchError, match="belongs to another model"):
+        pp.elastic(tiny_bert(seed=3), path, data=tiny_batches())
+
+    class Broken(HiddenObjective):
+        def loss(self, outputs: Any, batch: Any, target: Tensor) -> Tensor:
+            return super().loss(outputs, batch, target) * float("nan")
+
+    flags = [parameter.requires_grad for parameter in dense.parameters()]
+    with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):
+        pp.elastic(dense, path, data=tiny_batches(), objective=Broken(), progress=False)
+    assert [parameter.requires_grad for parameter in dense.parameters()] == flags
+
+
+# Loading
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes asked for, by tensor."""
+    asked: dict[str, int] = {}
+
+    def count(name: str, tensor: Tensor) -> Tensor:
+        asked[name] = asked.get(name, 0) + tensor.numel() * tensor.element_size()
+        return tensor
+
+    class Part:
+        def __init__(self, part: Any, name: str) -> None:
+            self.part, self.name, self.get_shape = part, name, part.get_shape
+
+        def __getitem__(self, at: Any) -> Tensor:
+            return count(self.name, self.part[at])
+
+    class File:
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            self.file = safe_open(*args, **settings)
+            self.keys = self.file.keys
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def get_tensor(self, name: str) -> Tensor:
+            return count(name, self.file.get_tensor(name))
+
+        def get_slice(self, name: str) -> Part:
+            return Part(self.file.get_slice(name), name)
+
+    monkeypatch.setattr(partial, "safe_open", File)
+    return asked
+
+
+def saved(subject: Subject, folder: Path, **options: Any) -> tuple[Any, SolutionPath]:
+    model, path = pp.sort_units(subject.model, path_of(subject))
+    model.save_pretrained(folder, **options)  # type: ignore[operator]
+    path.save(folder)
+    return model, path
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.6, 0.25, 0.01])
+def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, tmp_path: Path) -> None:
+    model, path = saved(subject, tmp_path)
+    loaded = pp.load_slice(tmp_path, pp.Budget(keep=keep))
+    small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
+    parameters = dict(small.named_parameters())
+    assert parameters.keys() == dict(loaded.named_parameters()).keys()
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float64
+        torch.testing.assert_close(parameter, parameters[name], rtol=1e-12, atol=1e-12)
+    expected = subject.output(small)
+    assert (subject.output(loaded) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert type(loaded) is type(small)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_model(type(loaded).from_pretrained(tmp_path / "again", dtype="auto"), loaded, subject.inputs)
+
+
+def test_a_size_reads_its_own_bytes(subjects: dict[str, Subject], counted: dict[str, int], tmp_path: Path) -> None:
+    subject = subjects["bert"]
+    model, path = saved(subject, tmp_path)
+    for keep in SIZES:
+        counted.clear()
+        selection = path.select(pp.Budget(keep=keep))
+        pp.load_slice(tmp_path, pp.Budget(keep=keep))
+        weights = {slot.module for pair in path.pairs for slot in pair.slots}
+        asked = sum(counted[f"{name}.{part}"] for name in weights for part in ("weight", "bias"))
+        whole = sum(p.numel() * 8 for name in weights for p in model.get_submodule(name).parameters())
+        sample = len(weights) * 2 * 17 * 8  # of every weight and bias, to tell that the path belongs to them
+        consumers = sum(pair.consumer.size * 8 for pair in path.pairs if pair.kind != "qk")  # biases of no unit
+        assert whole == path.pairs.prunable_params * 8 + consumers
+        assert asked <= selection.pair_params * 8 + consumers + sample
+        assert asked >= selection.pair_params * 8
+    for name, tensor in model.state_dict().items():
+        if name in counted and name.rpartition(".")[0] not in weights:
+            assert counted[name] <= tensor.numel() * 8 + 17 * 8, "the rest is read once"
+
+
+def test_shards_are_read_like_one_file(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    subject = subjects["llama"]
+    saved(subject, tmp_path / "whole")
+    saved(subject, tmp_path / "shards", max_shard_size="8KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    one, other = (pp.load_slice(tmp_path / name, pp.Budget(keep=0.5)) for name in ("whole", "shards"))
+    assert_same_model(one, other, subject.inputs)
+
+
+@pytest.mark.parametrize("model_class", [AutoModel, BertModel, AutoModelForMaskedLM, BertForMaskedLM])
+def test_loads_with_the_class_that_is_asked_for(subjects: dict[str, Subject], model_class: Any, tmp_path: Path) -> None:
+    subject = subjects["bert"]  # searched with its head
+    saved(subject, tmp_path)
+    loaded = pp.load_slice(tmp_path, pp.Budget(keep=0.5), model_class=model_class)
+    whole = pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+    assert type(loaded) is (BertModel if model_class in (AutoModel, BertModel) else BertForMaskedLM)
+    inputs = tiny_inputs()
+    hidden = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (loaded, whole)]
+    torch.testing.assert_close(*hidden, rtol=1e-10, atol=1e-10)
+
+
+def test_options_are_those_of_from_pretrained(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    saved(subjects["llama"], tmp_path)
+    loaded = pp.load_slice(tmp_path, pp.Budget(keep=0.5), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_without_a_path_or_weights_is_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    subject = subjects["bert"]
+    subject.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(pp.ArtifactError, match=r"path\.json does not exist"):
+        pp.load_slice(tmp_path / "model", pp.Budget(keep=0.5))
+    saved(subject, tmp_path / "both")
+    (tmp_path / "both" / "model.safetensors").unlink()
+    with pytest.raises(pp.ArtifactError, match=r"must hold model\.safetensors"):
+        pp.load_slice(tmp_path / "both", pp.Budget(keep=0.5))
+    (tmp_path / "both" / "config.json").unlink()
+    with pytest.raises(pp.ArtifactError, match="cannot build a BertForMaskedLM"):
+        pp.load_slice(tmp_path / "both", pp.Budget(keep=0.5))
+
+
+def test_a_path_that_is_not_sorted_is_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    subject = subjects["bert"]
+    subject.model.save_pretrained(tmp_path)
+    path_of(subject).save(tmp_path)
+    with pytest.raises(pp.MismatchError, match=r"sort its model once with pathprune\.sort_units"):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+
+
+def test_other_weights_than_the_path_s_are_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    subject = subjects["bert"]
+    model, _ = saved(subject, tmp_path)
+    other = randomise(type(model)(model.config).double(), seed=9)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(pp.MismatchError, match="belongs to another model: weights"):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
+    with pytest.raises(pp.MismatchError, match="belongs to another model: configuration"):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
