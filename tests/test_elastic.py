@@ -77,9 +77,10 @@ def test_experts_are_recovered_too() -> None:
     dense.set_experts_implementation("eager")  # grouped kernels take no experts of width zero
     path = pp.search(dense, data, steps=10, progress=False)
     assert any(pair.stacked for pair in path.pairs)
-    model, again = pp.elastic(dense, path, data=data, steps=60, lr=3e-3, progress=False)
+    model, again = pp.elastic(dense, path, data=data, steps=120, lr=1e-3, progress=False)
     found, start = losses(model, again, dense), losses(dense, path, dense)
-    assert all(a < b for a, b in zip(found[:3], start[:3], strict=True))
+    assert found[0] < start[0]
+    assert all(a < 0.9 * b for a, b in zip(found[1:3], start[1:3], strict=True))
 
 
 @pytest.mark.parametrize("lowest", [0.0, 1.0, -0.5, float("nan")])
