@@ -114,6 +114,16 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
     assert rows[1]["bytes_on_disk"] < rows[0]["bytes_on_disk"]
     assert "half" in answer("evaluate", half, "--teacher", dense, "--data", texts)
 
+    whole = tmp_path / "elastic"
+    said = answer("elastic", tmp_path / "run", dense, "--data", texts, *settings, "--out", whole)
+    assert f"pathprune slice {whole} {whole} --keep 0.5" in said
+    again = ("elastic", tmp_path / "run", dense, "--data", texts, "--steps", 2, "--lowest", 0.4, "--out", whole)
+    assert answer(*again, "--json")["lowest"] == 0.4
+    assert (whole / "tokenizer.json").exists()
+    facts = answer("slice", whole, whole, "--keep", 0.5, "--out", tmp_path / "elastic-50", "--json")
+    assert not (tmp_path / "elastic-50" / "path.json").exists(), "the path is that of the whole model"
+    assert facts["params"] == sum(p.numel() for p in pp.load_slice(whole, pp.Budget(keep=0.5)).parameters())
+
 
 def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: Path, ask: Ask) -> None:
     """A language model, an encoder-decoder and an image classifier keep their heads, from search to evaluation."""

@@ -232,6 +232,41 @@ def recover(
 
 
 @app.command()
+def elastic(
+    run: Annotated[Path, typer.Argument(help="Folder of a solution path.")],
+    model: ModelArg,
+    data: DataOpt,
+    out: Annotated[Path, typer.Option(help="Folder for the elastic model and its path.")],
+    steps: Annotated[int, typer.Option(help="Distillation steps, for all sizes together.")] = 1000,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    lowest: Annotated[float, typer.Option(help="Smallest fraction of the prunable parameters to train.")] = 0.2,
+    objective: ObjectiveOpt = "auto",
+    batch_size: BatchOpt = 16,
+    max_length: LengthOpt = 48,
+    field: FieldOpt = "text",
+    seed: SeedOpt = 0,
+    device: DeviceOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Recover every size of a path at once, in one checkpoint of the dense model's shapes."""
+    from pathprune.hub import save_model
+    from pathprune.path import SolutionPath
+    from pathprune.recovery import elastic as train
+
+    dense = _load(model, device)
+    batches = _batches(dense, model, data, field, batch_size, max_length)
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective, "seed": seed}
+    trained, path = train(dense, SolutionPath.load(run), data=batches, **settings)
+    save_model(trained, out, source=model)
+    path.save(out)
+    if as_json:
+        _print_json(out=str(out), **settings)
+        return
+    typer.echo(f"{out}: {type(trained).__name__} in which every size from {lowest:.0%} up is recovered")
+    typer.echo(f"Next: pathprune slice {out} {out} --keep 0.5 --out {out}-50")
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders of sliced models.")],
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],

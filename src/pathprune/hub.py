@@ -245,9 +245,13 @@ def save_model(
 
 
 def _weights(folder: str, names: list[str]) -> list[str]:
-    """Files of a model folder that belong to the dense model alone."""
+    """Files of a model folder that belong to the dense model alone, a path among them."""
     endings = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".pt", ".gguf", ".index.json", "README.md")
-    return [name for name in names if name.endswith(endings) or name.startswith(".") or name in ("onnx", "openvino")]
+    return [
+        name
+        for name in names
+        if name.endswith(endings) or name.startswith(".") or name in ("onnx", "openvino", "path.json")
+    ]
 
 
 def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
