@@ -39,6 +39,7 @@ from pathprune.budget import Budget, Selection
 from pathprune.masks import masked
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import Pair, Slot
+from pathprune.partial import load_slice
 from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from pathprune.sorting import sort_units
@@ -128,7 +129,8 @@ def test_sliced_is_masked(subject: Subject) -> None:
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
 
 
-def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject) -> None:
+def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tmp_path: Path) -> None:
+    """And a size of the sorted model, saved whole, can be loaded alone."""
     some = selection_of(subject.pairs, "full")  # for its rotations and fills
     scores = {pair.name: np.random.default_rng(0).random(pair.shape) for pair in subject.pairs}
     path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis))
@@ -136,12 +138,20 @@ def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject) ->
     rounded = not subject.row.rounds
     expected = run(subject.model, subject.inputs, rounded=rounded)
     assert gap(run(ordered, subject.inputs, rounded=rounded), expected) < EXACT
-    small, theirs = (
-        slice_model(*of)
-        for of in ((ordered, again.select(Budget(keep=0.5))), (subject.model, path.select(Budget(keep=0.5))))
-    )
+    half = Budget(keep=0.5)
+    small, theirs = (slice_model(*of) for of in ((ordered, again.select(half)), (subject.model, path.select(half))))
     expected = run(theirs, subject.inputs, rounded=rounded)
     assert gap(run(small, subject.inputs, rounded=rounded), expected) < EXACT
+
+    ordered.save_pretrained(tmp_path)
+    again.save(tmp_path)
+    options = {"experts_implementation": subject.row.experts} if subject.row.experts else {}
+    loaded = dict(load_slice(tmp_path, half, **options).named_parameters())
+    assert loaded.keys() == dict(small.named_parameters()).keys()
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(
+            loaded[name], parameter, rtol=1e-12, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_values_and_outputs_of_a_pair_belong_together(subject: Subject) -> None:
