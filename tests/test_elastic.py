@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pathprune import partial
 from pathprune.evaluation import fidelity
 from pathprune.objectives import HiddenObjective
 from pathprune.path import SolutionPath
+from pathprune.recovery.nested import _Sizes
 from test_sorting import path_of
 
 SIZES = (0.75, 0.5, 0.25)
@@ -52,6 +54,26 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
     assert found[3] < found[0]
     assert again.order.step.keys() == path.order.step.keys()
     np.testing.assert_array_equal(again.order.units, path.order.units)
+
+
+def test_what_is_trained_is_what_ships(subject: Subject) -> None:
+    """The masks and fills of a step are those of the size that the path gives in the end."""
+    path = replace(path_of(subject), basis={})
+    sizes = _Sizes(path, 0.3, torch.device("cpu"))
+    with torch.no_grad():
+        for tensor in (*sizes.slope.values(), *sizes.shift.values()):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    after, levels = sizes.path(), []
+    for step in range(20):
+        levels.append(sizes.visit(step))
+        selection = after.select(pp.Budget(keep=levels[-1]))
+        for pair in path.pairs:
+            np.testing.assert_allclose(sizes.masks[pair.name].detach(), selection.mask(pair), rtol=1e-5)
+            if pair.name in selection.fill:
+                np.testing.assert_array_equal(sizes.fills[pair.name].detach(), selection.fill[pair.name])
+    assert 0.3 <= min(levels) < 0.36
+    assert 0.94 < max(levels) < 1
+    assert abs(np.mean(levels) - 0.65) < 0.03
 
 
 def test_same_seed_same_weights(searched: tuple[BertModel, SolutionPath]) -> None:
@@ -231,6 +253,20 @@ def test_a_folder_without_a_path_or_weights_is_refused(subjects: dict[str, Subje
     (tmp_path / "both" / "config.json").unlink()
     with pytest.raises(pp.ArtifactError, match="cannot build a BertForMaskedLM"):
         pp.load_slice(tmp_path / "both", pp.Budget(keep=0.5))
+
+
+def test_a_class_that_transformers_lacks_must_be_given(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    class OwnBert(BertForMaskedLM):
+        pass
+
+    subject = subjects["bert"]
+    model = OwnBert(subject.model.config).double().eval()
+    model.load_state_dict(subject.model.state_dict())
+    pairs = pp.find_pairs(model)
+    saved(replace(subject, model=model, pairs=pairs), tmp_path)
+    with pytest.raises(pp.ArtifactError, match=r"transformers has no OwnBert, .* pass it as model_class="):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+    assert type(pp.load_slice(tmp_path, pp.Budget(keep=0.5), model_class=OwnBert)) is OwnBert
 
 
 def test_a_path_that_is_not_sorted_is_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:

@@ -52,13 +52,16 @@ def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: A
             "pathprune.sort_units(model, path), or train it with pathprune.elastic, and save the model and path that "
             "come back"
         )
-    selection = path.select(budget)
+    selection, architecture = path.select(budget), path.pairs.base.architecture
+    searched = getattr(transformers, architecture, model_class)
+    if searched is None:
+        raise ArtifactError(f"transformers has no {architecture}, which the path was found in; pass it as model_class=")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        dense = _empty(getattr(transformers, path.pairs.base.architecture, model_class), config)
+        dense = _empty(searched, config)
         kind = dense if model_class is None else _empty(model_class, config)
-    except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(f"cannot build a {path.pairs.base.architecture} from {folder}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot build a {architecture} from {folder}: {error}") from error
     with _opened(Path(folder)) as weights:
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)

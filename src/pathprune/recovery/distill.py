@@ -53,13 +53,13 @@ def imitate(
     seed: int,
     beside: Sequence[Tensor] = (),
     beside_lr: float = 0.0,
-    before: Callable[[dict[str, Tensor]], None] | None = None,
+    before: Callable[[int], object] | None = None,
 ) -> None:
     """``distill``, with what ``elastic`` needs more.
 
     Args:
         beside: tensors to train beside the weights, without weight decay, at ``beside_lr``.
-        before: is called with each step's batch before the student sees it.
+        before: is called with the number of each step before the student runs.
     """
     if steps < 1 or lr <= 0:
         raise DataError(f"steps={steps} and lr={lr} must be positive")
@@ -85,7 +85,7 @@ def imitate(
                 batch = next(stream)
                 target = teacher(batch)
                 if before is not None:
-                    before(batch)
+                    before(step)
                 loss = teacher.objective.loss(student(**batch), batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)

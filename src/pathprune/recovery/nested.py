@@ -1,10 +1,11 @@
 """Recover every size at once: one training run over shared weights, of which every size is a prefix.
 
 The dense model's units are sorted by importance (``pathprune.sorting``). A copy then learns to imitate the dense model
-while it is masked as the family would ship it: each sample of each batch at a size of its own, so that every step
-sees sizes from large to small. (Training nested networks in one set of weights: slimmable networks, Yu et al., ICLR
-2019; MatFormer, Devvrit et al., NeurIPS 2024.) The fills and slopes of the path, by which sizes differ beside the units
-that they keep, are trained with the weights.
+while it is masked as the family would ship it, at another size in each step. The fills and slopes of the path, by
+which sizes differ beside the units that they keep, are trained with the weights.
+
+(Training nested networks in one set of weights: slimmable networks, Yu et al., ICLR 2019; MatFormer, Devvrit et al.,
+NeurIPS 2024.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathprune.errors import DataError
 from pathprune.masks import attach_masks
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
-from pathprune.outputs import samples
 from pathprune.path import SolutionPath
 from pathprune.recovery.distill import imitate
 from pathprune.sorting import rebased, sort_units
@@ -88,45 +88,34 @@ def elastic(
 
 
 class _Sizes:
-    """The masks of the sizes that one step visits, and what is trained of them.
+    """The mask of the size that a step visits, and what is trained of it.
 
     Attributes:
-        masks: pair name -> (B, G, U), as ``Selection.mask`` has it at each sample's size.
+        masks: pair name -> (G, U), as ``Selection.mask`` has it.
         fills: pair name -> (G, D).
         slope, shift: pair name -> (G, U), trained; a fill is where it was, plus its mean size times its shift.
     """
 
     def __init__(self, path: SolutionPath, lowest: float, device: torch.device) -> None:
         self.start, self.lowest, self.device = path, lowest, device
-        self.visited = 0
-        # Experts are shared by all samples, which are therefore masked alike.
-        self.alike = any(pair.stacked for pair in path.pairs)
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
         self.mean = {name: torch.from_numpy(array).to(device) for name, array in path.fill.items()}
         self.shift = {name: torch.zeros_like(mean).requires_grad_() for name, mean in self.mean.items()}
         self.slope = {name: torch.tensor(array, device=device).requires_grad_() for name, array in path.slope.items()}
 
-    def visit(self, batch: Mapping[str, Tensor]) -> None:
-        """Draw a size for every sample."""
-        drawn = [self._masks() for _ in range(1 if self.alike else samples(batch))]
-        for pair in self.start.pairs:
-            each = [masks[pair.name] for masks in drawn]
-            self.masks[pair.name] = each[0] if self.alike else torch.stack(each)
-        self.fills.update(self._fill())
-
-    def _masks(self) -> dict[str, Tensor]:
-        """Those of the next size of a low-discrepancy sequence."""
-        level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * self.visited) % 1)
-        self.visited += 1
+    def visit(self, step: int) -> float:
+        """Put the masks and fills of a step's size in place; returns the size."""
+        level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1)
         selection = self.start.select(Budget(keep=level))
-        masks = {}
         for pair in self.start.pairs:
             keep = selection.keep[pair.name]
-            masks[pair.name] = torch.from_numpy(keep).to(self.device, torch.float32)
+            mask = torch.from_numpy(keep).to(self.device, torch.float32)
             if pair.name in self.slope and not keep.all():
-                masks[pair.name] = masks[pair.name] * (1 + (1 - selection.fraction) * self.slope[pair.name])
-        return masks
+                mask = mask * (1 + (1 - selection.fraction) * self.slope[pair.name])
+            self.masks[pair.name] = mask
+        self.fills.update(self._fill())
+        return level
 
     def _fill(self) -> dict[str, Tensor]:
         return {name: mean + mean.abs().mean() * self.shift[name] for name, mean in self.mean.items()}
