@@ -50,7 +50,7 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.config.to_dict() == dense.config.to_dict()
     found, start = losses(model, again, dense), losses(dense, path, dense)
-    assert all(a < 0.7 * b for a, b in zip(found[:3], start[:3], strict=True))
+    assert all(a < 0.8 * b for a, b in zip(found[:3], start[:3], strict=True))
     assert found[3] < found[0]
     assert again.order.step.keys() == path.order.step.keys()
     np.testing.assert_array_equal(again.order.units, path.order.units)

@@ -27,7 +27,7 @@ from pathprune.path import SolutionPath
 from pathprune.recovery.distill import imitate
 from pathprune.sorting import rebased, sort_units
 
-BESIDE_LR = 0.02  # of slopes, and of fills in their own mean size, as in a search
+BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
 
 
 def elastic(
@@ -36,7 +36,7 @@ def elastic(
     *,
     data: Iterable[Mapping[str, Tensor]],
     steps: int = 1000,
-    lr: float = 3e-4,
+    lr: float = 1.5e-4,
     objective: str | Objective = "auto",
     lowest: float = 0.2,
     seed: int = 0,
@@ -53,7 +53,7 @@ def elastic(
         path: found in ``model``.
         data: re-iterable of model-input dicts.
         steps: batches to train on, for all sizes together.
-        lr: peak learning rate.
+        lr: peak learning rate. A higher one helps small sizes and harms large ones (``docs/elastic.md``).
         objective: what is imitated, as in ``recover``.
         lowest: smallest share of the prunable parameters that is trained; sizes are drawn from there to 1.
         seed: of everything random.
