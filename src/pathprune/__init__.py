@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pathprune.recovery.nested import elastic as elastic
     from pathprune.searching import search as search
     from pathprune.slicing import slice_model as slice_model
+    from pathprune.sorting import sort_units as sort_units
     from pathprune.statistics import Statistics as Statistics
     from pathprune.statistics import gather_statistics as gather_statistics
-    from pathprune.sorting import sort_units as sort_units
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ attention. Whatever belongs to no pair (embeddings, norms) is read whole. The sm
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Budget, Selection
 from pathprune.discovery import check_base
@@ -27,7 +29,7 @@ from pathprune.errors import ArtifactError, MismatchError
 from pathprune.hub import PathpruneConfig
 from pathprune.pairs import Ints, Pair, Slot
 from pathprune.path import SolutionPath
-from pathprune.slicing import Axis, axis_first, filled, linear_map, plan, scaled, scaled_stack, stacks
+from pathprune.slicing import Axis, axis_first, linear_map, plan, scaled_stack, sliced_map, stacks, through
 
 
 def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: Any = None, **options: Any) -> nn.Module:
@@ -112,26 +114,22 @@ def _map(
     selection: Selection,
     weights: _Weights,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one sliced map; what ``slicing`` computes from the whole one."""
-    kept = axis.places()[0]
-    first = axis_first(module.weight, module, axis.side) is module.weight
-    weight = axis_first(weights.kept(f"{name}.weight", kept, 0 if first else 1), module, axis.side)
-    dtype = weight.dtype
-    bias = None
+    """Weight and bias of one sliced map: sliced as always, from one whose other weights are zero."""
+    kept, inner = axis.places()[0], int((axis.side == "in") != isinstance(module, Conv1D))
+    partly = copy.deepcopy(module)
+    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", kept, inner, module.weight.shape))
     if module.bias is not None:
         out = axis.side == "out"
-        bias = weights.kept(f"{name}.bias", kept, 0) if out else weights.whole(f"{name}.bias")
-    added = None
-    for pair, slot in filled(parts, selection):
-        # (1 - m) c, summed over all units, is the sum of c less that of m c, which is zero but where a unit stays.
-        stays = np.zeros(axis.dense)
-        constant = pair.by_dim(selection.mask(pair)) * path.fill[pair.name]  # (G, D)
-        stays[slot.index(pair.groups, pair.width)] = constant[:, None]
-        added = torch.from_numpy(path.fill_sum[pair.name]) - torch.from_numpy(stays[kept]) @ weight.double()
-    weight, bias = scaled(weight, bias, axis, parts, selection)
-    if added is not None:
-        bias = added if bias is None else bias.double() + added
-    return axis_first(weight, module, axis.side).to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+        whole = weights.kept(f"{name}.bias", kept, 0, module.bias.shape) if out else weights.whole(f"{name}.bias")
+        partly.bias = nn.Parameter(whole)
+    weight, bias = sliced_map(partly, axis, parts, selection, None)
+    for pair, slot in parts:
+        if slot == pair.consumer and pair.name in path.fill:  # those of units that are left out were zero
+            there = axis_first(partly.weight.detach(), module, axis.side)
+            read = through(path.fill[pair.name], there, slot.index(pair.groups, pair.width))
+            bias = (0 if bias is None else bias) + torch.from_numpy(path.fill_sum[pair.name]) - read
+    dtype = partly.weight.dtype
+    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
 class _Weights:
@@ -177,9 +175,10 @@ class _Weights:
             values.append(part[tuple(slice(int(i), int(i) + 1) for i in at)].flatten())
         return torch.cat(values) if values else torch.empty(0)
 
-    def kept(self, name: str, places: Ints, dim: int) -> Tensor:
-        """Some rows (``dim`` 0), columns (1), ...; ascending, and read run by run."""
-        return self._runs(name, (slice(None),) * dim, places, dim)
+    def kept(self, name: str, places: Ints, dim: int, shape: torch.Size) -> Tensor:
+        """A tensor of which only some rows (``dim`` 0) or columns (1) are read, run by run; the others are zero."""
+        read = self._runs(name, (slice(None),) * dim, places, dim)
+        return read.new_zeros(shape).index_copy(dim, torch.from_numpy(places), read)
 
     def kept_of_each(self, name: str, places: Ints, dim: int) -> Tensor:
         """The same of stacked maps, (experts, ...), by expert; ``places`` is (experts, kept)."""
