@@ -9,12 +9,12 @@ no choice of a default ever saw. Costs are ratios of runs taken in turns.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
 from itertools import islice
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -50,11 +50,11 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
                     start = time.perf_counter()
                     run._step(batch)
                     taken.append(time.perf_counter() - start)
-    again = statistics.median(b / a for a, b in zip(dense, known, strict=True))
-    new = statistics.median(b / a for a, b in zip(dense, fresh, strict=True))
+    again = median(b / a for a, b in zip(dense, known, strict=True))
+    new = median(b / a for a, b in zip(dense, fresh, strict=True))
     share = len(batches) / SearchConfig().path_steps
     return {
-        "dense_forward_backward_seconds": statistics.median(dense),
+        "dense_forward_backward_seconds": median(dense),
         "step_ratio_batch_seen_before": again,
         "step_ratio_batch_new": new,
         "share_of_new_batches": share,
@@ -76,13 +76,31 @@ def main() -> None:
         for keep in subject.keeps:
             small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
             cosine[str(keep)] = fidelity(small, judge.dense, judge.unseen)
-        runs.append({"seed": seed, "search_seconds": seconds, "cosine": cosine})
+        start = time.perf_counter()
+        statistics = pp.gather_statistics(model, path.pairs, subject.batches(seed, args.steps))
+        gather_seconds = time.perf_counter() - start
+        refitted = {}
+        for keep in subject.keeps:
+            small = pp.slice_model(model, path.select(pp.Budget(keep=keep)), statistics)
+            refitted[str(keep)] = fidelity(small, judge.dense, judge.unseen)
+        runs.append(
+            {
+                "seed": seed,
+                "search_seconds": seconds,
+                "cosine": cosine,
+                "gather_seconds": gather_seconds,
+                "refitted_cosine": refitted,
+            }
+        )
         print(json.dumps(runs[-1]))
 
     selection = path.select(pp.Budget(keep=0.5))
     start = time.perf_counter()
     small = pp.slice_model(model, selection)
     slice_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    pp.slice_model(model, selection, statistics)
+    refit_seconds = time.perf_counter() - start
     ids = torch.randint(
         1000, subject.tokenizer.vocab_size, (32, demo.LATENCY_TOKENS), generator=torch.Generator().manual_seed(0)
     )
@@ -98,10 +116,12 @@ def main() -> None:
         "steps": args.steps,
         "config": path.config,
         "runs": runs,
-        "mean_cosine": {k: statistics.mean(run["cosine"][k] for run in runs) for k in runs[0]["cosine"]},
+        "mean_cosine": {k: mean(run["cosine"][k] for run in runs) for k in runs[0]["cosine"]},
+        "mean_refitted_cosine": {k: mean(run["refitted_cosine"][k] for run in runs) for k in runs[0]["cosine"]},
         "step_cost": step_cost(model, data, 20),
         "slice_seconds": slice_seconds,
-        "help_seconds": statistics.median(starts),
+        "refit_seconds": refit_seconds,
+        "help_seconds": median(starts),
         "latency_batch_32": {"dense_ms": dense_ms, "keep_50_ms": small_ms, "ratio": small_ms / dense_ms},
     }
     write_record(args.out, result)
@@ -109,7 +129,14 @@ def main() -> None:
         json.dumps(
             {
                 key: result[key]
-                for key in ("mean_cosine", "step_cost", "slice_seconds", "help_seconds", "latency_batch_32")
+                for key in (
+                    "mean_cosine",
+                    "mean_refitted_cosine",
+                    "step_cost",
+                    "slice_seconds",
+                    "help_seconds",
+                    "latency_batch_32",
+                )
             },
             indent=1,
         )

@@ -540,10 +540,10 @@ def check_experts(model: nn.Module, record: Mapping[str, Any]) -> None:
         for parameter, shape in shapes.items():
             dtype = getattr(module, parameter).dtype
             multiple = 16 // dtype.itemsize
-            if odd := [size for size in shape[1:] if size % multiple]:
+            if odd := [size for size in shape[1:] if size % multiple or not size]:
                 raise MismatchError(
                     f"{name}.{parameter} would be {odd[0]} wide; grouped_mm, which computes the experts, takes "
-                    f"multiples of {multiple} in {dtype}. Keep such a multiple of neurons, or choose "
+                    f"positive multiples of {multiple} in {dtype}. Keep such a multiple of neurons, or choose "
                     'experts_implementation="eager", in from_pretrained or by set_experts_implementation'
                 )
 

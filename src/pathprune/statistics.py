@@ -1,9 +1,9 @@
 """Second moments of what the consumers read: gathered once, they refit the weights of every size in closed form.
 
-The map that reads a pair's inner axis (output projection, down) computes W x. Where only the units K stay, the
-nearest that it can still compute is W_K' x_K + c, fitted by least squares to W x over the dense model's tokens. All
-that such a fit needs, whatever K, is the moment matrix of (x, 1): one pass over a few batches serves every size, and
-every path over the same pairs.
+The map that reads a pair's inner axis (output projection, down) computes W x. Where only the units K stay, it
+computes W' x_K + c, with W' fitted by least squares to W x over the dense model's tokens. All that such a fit needs,
+whatever K, is the moment matrix of (x, 1): one pass over a few batches serves every size, and every path over the
+same pairs.
 
 Tokens are weighted by the inverse squared norm of the consumer's output, so that a fit is to relative errors: a few
 tokens with massive activations (Sun et al., COLM 2024) would own it otherwise. Least squares for the weights that
@@ -26,7 +26,7 @@ from pathprune.errors import DataError
 from pathprune.modes import evaluating
 from pathprune.pairs import BaseModel, Pair, PairList
 
-RIDGE = 0.03  # of the mean square of the inputs
+RIDGE = 0.5  # of the inputs' mean variance; upstream errors, of which the statistics know nothing, want a strong one
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,26 @@ class _Hook:
 def refit(moment: Tensor, weight: Tensor, kept: Tensor, start: Tensor, *, biased: bool) -> Tensor:
     """Least squares for the rows of a consumer's weight that stay.
 
+    Where there is a constant, inputs are centred, and the constant leaves the mean output as it was: the search
+    learns what the mean should be for the whole model (the fill), which here is not known.
+
     Args:
         moment: (N + 1, N + 1), of the inputs and 1.
         weight: (N, out), of all inputs.
         kept: (K,), the inputs that stay.
-        start: (K, out), or (K + 1, out) with the constant: what a weak ridge pulls towards.
-        biased: whether a constant is fitted, too.
+        start: (K, out), or (K + 1, out) with the constant: what the ridge pulls towards.
+        biased: whether there is a constant.
 
     Returns:
         Of the shape of ``start``.
     """
-    places = torch.cat([kept, kept.new_tensor([len(weight)])]) if biased else kept
-    gram, cross = moment[places][:, places], moment[places][:, :-1] @ weight
-    pull = RIDGE * gram.diagonal().mean()
-    return torch.linalg.solve(gram + pull * torch.eye(len(gram)).to(gram), cross + pull * start)
+    second, mean = moment[:-1, :-1], moment[:-1, -1:] / moment[-1, -1]
+    rows = start
+    if biased:
+        second, rows = second - moment[-1, -1] * mean @ mean.mT, start[:-1]
+    gram = second[kept][:, kept]
+    pull = RIDGE * gram.diagonal().sum() / max(len(kept), 1)
+    fitted = torch.linalg.solve(gram + pull * torch.eye(len(kept)).to(gram), second[kept] @ weight + pull * rows)
+    if not biased:
+        return fitted
+    return torch.cat([fitted, start[-1:] + mean[kept].mT @ (rows - fitted)])
