@@ -55,7 +55,9 @@ def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: A
             "come back"
         )
     selection, architecture = path.select(budget), path.pairs.base.architecture
-    searched = getattr(transformers, architecture, model_class)
+    searched = getattr(transformers, architecture, None)
+    if not (isinstance(searched, type) and issubclass(searched, transformers.PreTrainedModel)):
+        searched = model_class
     if searched is None:
         raise ArtifactError(f"transformers has no {architecture}, which the path was found in; pass it as model_class=")
     try:
