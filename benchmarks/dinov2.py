@@ -53,7 +53,7 @@ def main() -> None:
         runs.append({"seed": seed, "search_seconds": seconds, "search_images": images, "rows": rows})
     kinds = [kind for kind in runs[0]["rows"][0] if kind not in ("keep", "params")]
     result = {
-        "command": command("dinov2.py", args),
+        "command": command(),
         "model": subject.label,
         "params": path.pairs.base.params,
         "prunable_params": path.pairs.prunable_params,

@@ -73,7 +73,7 @@ def main() -> None:
         runs.append({"seed": seed, "rows": rows, "elastic_seconds": seconds, "elastic_dense_loss": loss(model)})
         print(json.dumps(runs[-1]), flush=True)
     record = {
-        "command": command("elastic.py", args),
+        "command": command(),
         "model": subject.label,
         "split": args.split,
         "loss": subject.loss_label,

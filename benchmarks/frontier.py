@@ -33,7 +33,7 @@ from models import MODELS
 from pathprune.artifact import write_text
 from pathprune.objectives import get_objective
 from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
-from recording import parser, search_settings, write_record
+from recording import command, parser, search_settings, write_record
 
 COLOURS = (BLUE, ORANGE, GREEN, SKY, SOFT)
 MARKERS = "sD^v<>XPd*p8"
@@ -141,7 +141,7 @@ def main() -> None:
             runs[name].append({"seed": seed, **run})
             print(json.dumps({"method": name, **runs[name][-1]}), flush=True)
             record = {
-                "command": f"python benchmarks/frontier.py --model {args.model}",
+                "command": command(),
                 "model": subject.label,
                 "params": pairs.base.params,
                 "prunable_params": pairs.prunable_params,

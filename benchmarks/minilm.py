@@ -27,7 +27,7 @@ from pathprune.evaluation import fidelity, latency
 from pathprune.masks import attach_masks
 from pathprune.objectives import EmbeddingObjective
 from pathprune.searching import SearchConfig, _frozen, _Run
-from recording import parser, search_settings, write_record
+from recording import command, parser, search_settings, write_record
 
 
 def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
@@ -111,7 +111,7 @@ def main() -> None:
         subprocess.run([str(Path(sys.executable).with_name("pathprune")), "--help"], check=True, capture_output=True)
         starts.append(time.perf_counter() - start)
     result = {
-        "command": "python benchmarks/minilm.py",
+        "command": command(),
         "split": args.split,
         "steps": args.steps,
         "config": path.config,

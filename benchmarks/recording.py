@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.setting)}
 
 
-def command(name: str, args: argparse.Namespace) -> str:
-    """What repeats a run, but for where it writes."""
-    return shlex.join(["python", f"benchmarks/{name}", *(part for one in args.setting for part in ("--setting", one))])
+def command() -> str:
+    """What repeats this run."""
+    return shlex.join(["python", *sys.argv])
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:

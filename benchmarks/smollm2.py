@@ -57,7 +57,7 @@ def main() -> None:
         tokens = sum(batch["input_ids"].numel() for batch in data)
         runs.append({"seed": seed, "search_seconds": seconds, "search_tokens": tokens, "rows": rows})
     result = {
-        "command": command("smollm2.py", args),
+        "command": command(),
         "model": subject.label,
         "params": path.pairs.base.params,
         "prunable_params": path.pairs.prunable_params,
