@@ -222,7 +222,13 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
 def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
     texts, out = dense.parent / "texts.txt", tmp_path / "run"
     command = [*COMMAND, "search", dense, "--data", texts, "--out", out, "--steps", "3000", "--batch-size", "4"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
     def step() -> Any:
         try:
