@@ -24,7 +24,6 @@ from models import MiniLM
 from pathprune import demo
 from pathprune.data import Batch, Batches
 from pathprune.evaluation import fidelity, latency
-from pathprune.masks import attach_masks
 from pathprune.objectives import EmbeddingObjective
 from pathprune.searching import SearchConfig, _frozen, _Run
 from recording import command, parser, search_settings, write_record
@@ -45,7 +44,7 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
             loss = objective.target(model(inputs_embeds=embedded, **rest), batch).sum()
             torch.autograd.grad(loss, embedded)
             dense.append(time.perf_counter() - start)
-            with attach_masks(model, pairs, run.masks, run.fills, run.found.basis):
+            with run.attached():
                 for taken in (fresh, known):  # the second visit finds the dense model's output remembered
                     start = time.perf_counter()
                     run._step(batch)
@@ -76,31 +75,13 @@ def main() -> None:
         for keep in subject.keeps:
             small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
             cosine[str(keep)] = fidelity(small, judge.dense, judge.unseen)
-        start = time.perf_counter()
-        statistics = pp.gather_statistics(model, path.pairs, subject.batches(seed, args.steps))
-        gather_seconds = time.perf_counter() - start
-        refitted = {}
-        for keep in subject.keeps:
-            small = pp.slice_model(model, path.select(pp.Budget(keep=keep)), statistics)
-            refitted[str(keep)] = fidelity(small, judge.dense, judge.unseen)
-        runs.append(
-            {
-                "seed": seed,
-                "search_seconds": seconds,
-                "cosine": cosine,
-                "gather_seconds": gather_seconds,
-                "refitted_cosine": refitted,
-            }
-        )
+        runs.append({"seed": seed, "search_seconds": seconds, "cosine": cosine})
         print(json.dumps(runs[-1]))
 
     selection = path.select(pp.Budget(keep=0.5))
     start = time.perf_counter()
     small = pp.slice_model(model, selection)
     slice_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    pp.slice_model(model, selection, statistics)
-    refit_seconds = time.perf_counter() - start
     ids = torch.randint(
         1000, subject.tokenizer.vocab_size, (32, demo.LATENCY_TOKENS), generator=torch.Generator().manual_seed(0)
     )
@@ -117,10 +98,8 @@ def main() -> None:
         "config": path.config,
         "runs": runs,
         "mean_cosine": {k: mean(run["cosine"][k] for run in runs) for k in runs[0]["cosine"]},
-        "mean_refitted_cosine": {k: mean(run["refitted_cosine"][k] for run in runs) for k in runs[0]["cosine"]},
         "step_cost": step_cost(model, data, 20),
         "slice_seconds": slice_seconds,
-        "refit_seconds": refit_seconds,
         "help_seconds": median(starts),
         "latency_batch_32": {"dense_ms": dense_ms, "keep_50_ms": small_ms, "ratio": small_ms / dense_ms},
     }
@@ -131,7 +110,6 @@ def main() -> None:
                 key: result[key]
                 for key in (
                     "mean_cosine",
-                    "mean_refitted_cosine",
                     "step_cost",
                     "slice_seconds",
                     "help_seconds",

@@ -100,6 +100,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
 
     some = [pair for pair in family.pairs if draw(st.booleans())]
     slope = {pair.name: floats(*pair.shape) for pair in some if pair.scalable}
+    told = {pair.name: moments(pair, rng) for pair in some if pair.fillable and draw(st.booleans())}
     return SolutionPath(
         family.pairs,
         family.ranking,
@@ -107,6 +108,8 @@ def paths(draw: st.DrawFn) -> SolutionPath:
         multiple=family.multiple,
         seq_len=draw(st.integers(1, 512)),
         fill={pair.name: floats(pair.groups, pair.width) for pair in some if pair.fillable},
+        centre={name: each[0] for name, each in told.items()},
+        covariance={name: each[1] for name, each in told.items()},
         basis={pair.name: floats(pair.groups, pair.width, pair.width) for pair in some if pair.rotatable},
         slope=slope,
         trajectory=Trajectory(floats(steps), floats(steps), floats(steps, len(family.pairs))),
@@ -137,7 +140,8 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
     Args:
         case: one of ``CASES`` (all but the first and the last have unequal query-key and value widths)
             or of ``EXTREMES``.
-        constants: with fills, scales and well-conditioned rotations, wherever the pairs allow them.
+        constants: with fills, scales and well-conditioned rotations, wherever the pairs allow them, and half of
+            the fills with compensation.
     """
 
     rng = np.random.default_rng(seed)
@@ -146,16 +150,25 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
         keep = path.select(Budget(keep=0.5)).keep
     else:
         keep = _rectangles(pairs, case, rng)
-    fill, basis, scale = {}, {}, {}
+    fill, basis, scale, centre, covariance = {}, {}, {}, {}, {}
     for pair in pairs if constants else []:
         if pair.fillable:
             fill[pair.name] = rng.normal(size=(pair.groups, pair.width)).astype(np.float32)
+            if rng.random() < 0.5:
+                centre[pair.name], covariance[pair.name] = moments(pair, rng)
         if pair.rotatable:
             q, _ = np.linalg.qr(rng.normal(size=(pair.groups, pair.width, pair.width)))
             basis[pair.name] = (q * rng.uniform(0.5, 2, size=(pair.groups, 1, pair.width))).astype(np.float32)
         if pair.scalable:
             scale[pair.name] = rng.uniform(0.5, 2, size=pair.shape).astype(np.float32)
-    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale)
+    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale, centre=centre, covariance=covariance)
+
+
+def moments(pair: Pair, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """A mean and a covariance of what the pair's consumer reads."""
+    inner = pair.groups * pair.consumer.repeat * pair.width
+    tokens = rng.normal(size=(inner + 3, inner)) @ rng.normal(size=(inner, inner)) / np.sqrt(inner)
+    return rng.normal(size=inner).astype(np.float32), np.cov(tokens.T).astype(np.float32).reshape(inner, inner)
 
 
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:

@@ -104,12 +104,6 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
     answer("slice", tmp_path / "run", dense, "--params", facts["params"], "--out", tmp_path / "same")
     answer("slice", tmp_path / "run", dense, "--macs", 0.9, "--out", tmp_path / "macs")
 
-    refitted = tmp_path / "refitted"
-    answer("slice", tmp_path / "run", dense, "--keep", 0.5, "--data", texts, "--out", refitted)
-    rows = answer("evaluate", half, refitted, "--teacher", dense, "--data", texts, "--json")["models"]
-    assert rows[1]["params"] == rows[2]["params"]
-    assert rows[2]["fidelity"] > rows[1]["fidelity"]
-
     jsonl = ("--data", dense.parent / "texts.jsonl", "--field", "body")
     settings = ("--steps", 20, "--lr", 3e-3)
     facts = answer("recover", half, "--teacher", dense, *jsonl, *settings, "--out", recovered, "--json")
@@ -152,7 +146,7 @@ def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: P
         given = ("--data", data, "--max-length", 10, "--json")
         for command in (
             ("search", source, *given, "--out", run, "--steps", 4, "--multiple", 1),
-            ("slice", run, source, *given, "--keep", 0.5, "--out", half),
+            ("slice", run, source, "--keep", 0.5, "--out", half, "--json"),
             ("recover", half, "--teacher", source, *given, "--out", after, "--steps", 2),
         ):
             code, _, err = ask(*command)

@@ -103,9 +103,5 @@ def test_an_image_model_goes_all_the_way(pictures: Path) -> None:
     assert path.seq_len == 17  # sixteen patches and the class token: what MACs are counted at
     small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
     recovered = pp.recover(small, teacher=model, data=data, steps=60, lr=3e-3, progress=False)
-    closed = pp.slice_model(
-        model, path.select(pp.Budget(keep=0.5)), pp.gather_statistics(model, path.pairs, data, progress=False)
-    )
     before = 1 - fidelity(small, model, data)
     assert 1 - fidelity(recovered, model, data) < 0.8 * before
-    assert 1 - fidelity(closed, model, data) < before

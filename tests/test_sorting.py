@@ -16,13 +16,14 @@ from pathprune.order import UNITS
 from pathprune.pairs import Pair
 from pathprune.path import SolutionPath
 from pathprune.sorting import UnitOrder, sorted_path, unit_orders
-from strategies import paths
+from strategies import moments, paths
 
 
 def path_of(subject: Any, unit: Any = "mixed") -> SolutionPath:
-    """A path with fills, slopes and rotations wherever pairs take them."""
+    """A path with fills, slopes and rotations wherever pairs take them, and compensation in some blocks."""
     rng = np.random.default_rng(0)
     pairs = subject.pairs
+    told = {pair.name: moments(pair, rng) for pair in pairs if pair.fillable and ".0." in pair.name}
     return SolutionPath(
         pairs,
         {pair.name: rng.normal(size=pair.shape) for pair in pairs},
@@ -30,6 +31,8 @@ def path_of(subject: Any, unit: Any = "mixed") -> SolutionPath:
         fill={pair.name: rng.normal(size=(pair.groups, pair.width)) for pair in pairs if pair.fillable},
         basis={pair.name: rng.normal(size=(pair.groups, pair.width, pair.width)) for pair in pairs if pair.rotatable},
         slope={pair.name: rng.uniform(-0.5, 0.5, pair.shape) for pair in pairs if pair.scalable},
+        centre={name: each[0] for name, each in told.items()},
+        covariance={name: each[1] for name, each in told.items()},
     )
 
 
@@ -91,7 +94,7 @@ def test_neither_the_model_nor_any_size_changes(subject: Subject, unit: str) -> 
 
 def test_neurons_are_a_prefix_of_the_rows(subjects: dict[str, Subject]) -> None:
     subject = subjects["bert"]
-    path = replace(path_of(subject), slope={}, fill={})
+    path = replace(path_of(subject), slope={}, fill={}, centre={}, covariance={})
     ordered, again = pp.sort_units(subject.model, path)
     selection = again.select(pp.Budget(keep=0.5))
     small = pp.slice_model(ordered, selection)

@@ -269,11 +269,9 @@ def test_the_whole_pipeline_runs_on_pictures_alone(bare: Subject) -> None:
     with masked(model, half):
         expected = run(model, data[0])
     assert gap(run(small, data[0]), expected) < 1e-5
-    statistics = pathprune.gather_statistics(model, path.pairs, data)
-    refitted = pathprune.slice_model(model, half, statistics)
-    for recovered in (refitted, pathprune.recover(small, teacher=model, data=data, steps=2)):
-        assert [p.shape for p in recovered.parameters()] == [p.shape for p in small.parameters()]
-        assert gap(run(recovered, data[0]), run(small, data[0])) > 1e-4
+    recovered = pathprune.recover(small, teacher=model, data=data, steps=2)
+    assert [p.shape for p in recovered.parameters()] == [p.shape for p in small.parameters()]
+    assert gap(run(recovered, data[0]), run(small, data[0])) > 1e-4
 
 
 def test_a_bare_model_is_saved_and_loaded(bare: Subject, tmp_path: Path) -> None:

@@ -188,21 +188,16 @@ def rescaled(keep: npt.NDArray[np.bool_], overlap: Tensor, ridge: float = 0.1) -
     return result
 
 
-def least_squares(problem: Problem) -> OneSize:
+def least_squares(problem: Problem) -> pp.SolutionPath:
     """Rank by one score, then solve for the weights that stay, layer by layer, in closed form (after Zhang and Yang,
     "CORP", 2026, arXiv 2602.05243).
 
     The score is the diagonal of the Fisher information, per parameter, which did better than activation energy, the
-    paper's kind of score. The solution is ours (``pathprune.statistics``), which weights tokens and pulls towards the
-    old weights; CORP has one for the attention's logits, too, which ours has not.
+    paper's kind of score. The solution is ours (``pathprune.compensation``), which weights tokens and has a ridge; CORP
+    has one for the attention's logits, too, which ours has not.
     """
     path = problem.path(problem.per_cost(probes(problem).square().mean(0)))
-    statistics = pp.gather_statistics(problem.dense, path.pairs, problem.batches, progress=False)
-
-    def make(keep: float) -> nn.Module:
-        return pp.slice_model(problem.dense, path.select(pp.Budget(keep=keep)), statistics)
-
-    return make
+    return pp.compensate(problem.dense, path, problem.batches, progress=False)
 
 
 def relative(scores: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import wrapt
 if TYPE_CHECKING:
     from pathprune.budget import Budget as Budget
     from pathprune.budget import Selection as Selection
+    from pathprune.compensation import compensate as compensate
     from pathprune.discovery import find_pairs as find_pairs
     from pathprune.errors import ArtifactError as ArtifactError
     from pathprune.errors import BudgetError as BudgetError
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from pathprune.searching import search as search
     from pathprune.slicing import slice_model as slice_model
     from pathprune.sorting import sort_units as sort_units
-    from pathprune.statistics import Statistics as Statistics
-    from pathprune.statistics import gather_statistics as gather_statistics
 
 __version__ = "0.1.0"
 
@@ -47,11 +46,10 @@ _HOME = {
     "Selection": "budget",
     "Slot": "pairs",
     "SolutionPath": "path",
-    "Statistics": "statistics",
     "UnsupportedModelError": "errors",
+    "compensate": "compensation",
     "elastic": "recovery.nested",
     "find_pairs": "discovery",
-    "gather_statistics": "statistics",
     "load_model": "hub",
     "load_slice": "partial",
     "masked": "masks",

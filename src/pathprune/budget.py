@@ -80,8 +80,10 @@ class Selection:
         basis: pair name -> (G, D, D), rotation of the pair's heads before units are counted
             (``pathprune.basis``). Pairs without one are absent.
         scale: pair name -> (G, U), what the activation of a unit that stays is multiplied by (its distance from
-            the fill, where there is one); folded into the consumer's weights. Counts only where a pair loses
-            units; 1 for pairs without one.
+            the centre, else from the fill, where there is one); folded into the consumer's weights. Counts only
+            where a pair loses units; 1 for pairs without one.
+        centre, covariance: pair name -> (N,) and (N, N), N = G R D, of what the consumer reads, in the basis; what
+            leaves is told from what stays by them (``pathprune.compensation``). Only pairs with a fill have them.
         budget: what was asked for.
         removals: how far along the path's order this selection lies.
         seq_len: sequence length, in tokens, at which ``macs`` is counted.
@@ -95,6 +97,8 @@ class Selection:
     fill: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     basis: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     scale: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    centre: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    covariance: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
 
     def mask(self, pair: Pair) -> npt.NDArray[np.float64]:
         """(G, U), what each unit of ``pair`` is multiplied by: zero, or its scale."""
@@ -202,5 +206,15 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
             f"{smallest:,.0f} of {dense:,}; ask for {budget.kind}={least} or more"
         )
     removals = int(np.argmax(sizes <= limit))
-    selection = Selection(pairs, order.keep(removals), budget, removals, path.seq_len, path.fill, path.basis)
+    selection = Selection(
+        pairs,
+        order.keep(removals),
+        budget,
+        removals,
+        path.seq_len,
+        path.fill,
+        path.basis,
+        centre=path.centre,
+        covariance=path.covariance,
+    )
     return replace(selection, scale={name: 1 + (1 - selection.fraction) * a for name, a in path.slope.items()})

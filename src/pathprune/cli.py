@@ -164,13 +164,6 @@ def slice_(
         str | None, typer.Option(help="Parameters of the whole model: a fraction (0.7) or a number (90000000).")
     ] = None,
     macs: Annotated[str | None, typer.Option(help="MACs per token of the whole model: a fraction or a number.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Refit the weights that stay, in closed form, on this data (as for search).")
-    ] = None,
-    batch_size: BatchOpt = 16,
-    max_length: LengthOpt = 48,
-    field: FieldOpt = "text",
-    device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Cut a model of the size you ask for from a path, and save it like any other."""
@@ -178,16 +171,10 @@ def slice_(
     from pathprune.hub import save_model
     from pathprune.path import SolutionPath
     from pathprune.slicing import slice_model
-    from pathprune.statistics import gather_statistics
 
     path = SolutionPath.load(run)
     selection = path.select(Budget(keep=keep, params=_number(params), macs=_number(macs)))
-    dense = _load(model, device if data else "cpu")
-    statistics = None
-    if data:
-        batches = _batches(dense, model, data, field, batch_size, max_length)
-        statistics = gather_statistics(dense, path.pairs, batches)
-    save_model(slice_model(dense, selection, statistics), out, source=model)
+    save_model(slice_model(_load(model, "cpu"), selection), out, source=model)
     if as_json:
         _print_json(out=str(out), **selection.to_dict())
         return

@@ -33,7 +33,6 @@ from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
 from pathprune.searching import search
 from pathprune.slicing import slice_model
-from pathprune.statistics import gather_statistics
 
 KEEPS = (0.75, 0.5, 0.25)
 SEARCH_TOKENS = 48
@@ -180,18 +179,17 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
     path = search(dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, out=out / "path")
     seconds["search"] = time.perf_counter() - began
 
-    say("2/4 measure the dense model, slice three sizes and refit the weights that stay")
+    say("2/4 measure the dense model, and slice three sizes")
     began = time.perf_counter()
     judge = Judge(dense, tokenizer)
     path = replace(path, seq_len=LATENCY_TOKENS)  # count MACs at the length at which latency is measured
     full = member("dense", None, path.select(Budget(keep=1.0)), bytes_on_disk(source))
     quality = judge(dense)
     full["quality"] = {"before": quality, "after": quality}
-    statistics = gather_statistics(dense, path.pairs, data)
     members, sliced = [full], []
     for keep in KEEPS:
         selection = path.select(Budget(keep=keep))
-        sliced.append(slice_model(dense, selection, statistics))
+        sliced.append(slice_model(dense, selection))
         entry = member(f"keep-{keep * 100:.0f}", f"keep-{keep * 100:.0f}", selection, 0)
         entry["quality"]["before"] = judge(sliced[-1])
         members.append(entry)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.budget import Selection
+from pathprune.compensation import Compensator
 from pathprune.pairs import Pair, Slot
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
@@ -33,7 +34,11 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     thinned = [pair for pair in selection.pairs if not selection.keep[pair.name].all()]
     masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in thinned}
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
-    with attach_masks(model, selection.pairs, masks, fill, selection.basis):
+    compensators = {
+        name: Compensator(torch.from_numpy(selection.centre[name]).double(), torch.from_numpy(array).double())
+        for name, array in selection.covariance.items()
+    }
+    with attach_masks(model, selection.pairs, masks, fill, selection.basis, compensators):
         yield model
 
 
@@ -44,6 +49,7 @@ def attach_masks(
     masks: Mapping[str, Tensor],
     fill: Mapping[str, Tensor] | None = None,
     basis: Arrays | None = None,
+    compensators: Mapping[str, Compensator] | None = None,
 ) -> Iterator[None]:
     """Multiply every unit by its mask, until the context ends.
 
@@ -56,10 +62,18 @@ def attach_masks(
             pass, so that a search can change it between passes; a pair without one is dense.
         fill: pair name -> (G, D); looked up at every forward pass, too.
         basis: pair name -> (G, D, D).
+        compensators: pair name -> what tells the units whose mask is zero from the others
+            (``pathprune.compensation``); such a pair's masks are (G, U).
     """
     handles: list[Any] = []
+    fill = {} if fill is None else fill  # an empty one may be filled later
+    basis, compensators = basis or {}, compensators or {}
     try:
         for pair in pairs:
+            if pair.name in compensators:
+                consumer = _ConsumerHook(pair, masks, fill, basis.get(pair.name), compensators[pair.name])
+                handles.append(model.get_submodule(pair.consumer.module).register_forward_pre_hook(consumer))
+                continue
             for slot in pair.mask_slots:
                 module = model.get_submodule(slot.module)
                 if slot.parameter:
@@ -67,7 +81,7 @@ def attach_masks(
                     handles.append(module.register_forward_pre_hook(stack.before))
                     handles.append(module.register_forward_hook(stack.after, always_call=True))
                     continue
-                hook = _MaskHook(pair, slot, masks, {} if fill is None else fill, (basis or {}).get(pair.name))
+                hook = _MaskHook(pair, slot, masks, fill, basis.get(pair.name))
                 if slot.side == "out":
                     handles.append(module.register_forward_hook(hook.on_output))
                 else:
@@ -134,6 +148,51 @@ class _MaskHook:
         if rows != samples:  # windows or tokens in the batch's place: consecutive rows are of one sample
             by_group = by_group[torch.arange(rows, device=by_group.device) * samples // rows]
         return by_group[(slice(None),) + (None,) * (heads.dim() - 4)]
+
+
+class _ConsumerHook:
+    """Puts what stays, and what it tells of the rest, in place of a consumer's input (``pathprune.compensation``)."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        masks: Mapping[str, Tensor],
+        fill: Mapping[str, Tensor],
+        basis: np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None,
+        compensator: Compensator,
+    ) -> None:
+        self.pair, self.masks, self.fill, self.compensator = pair, masks, fill, compensator
+        index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
+        self.shape, self.index = index.shape, torch.from_numpy(index.ravel())
+        self.rotation = self.inverse = None
+        if basis is not None:
+            self.rotation = torch.from_numpy(basis).double()
+            self.inverse = torch.linalg.inv(self.rotation)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        mask = self.masks.get(self.pair.name)
+        if mask is None:
+            return None
+        index = self.index.to(args[0].device)
+        x = self._rotated(args[0].index_select(-1, index), self.rotation)
+        x = self._rotated(self._told(x, mask), self.inverse)
+        return (args[0].index_copy(-1, index, x), *args[1:])
+
+    def _told(self, x: Tensor, mask: Tensor) -> Tensor:
+        place = self.compensator.by_place
+        mask = place(self.pair.by_dim(mask))
+        left, gone, fitted = self.compensator.fit(mask.detach() != 0)
+        centre, mask = self.compensator.centre.to(x), mask.to(x)
+        stays = mask[left] * (x[..., left] - centre[left])
+        told = place(self.fill[self.pair.name]).to(x)[gone] + stays @ fitted.to(x)
+        # Zero in value; its derivative is what a unit would bring back that the others do not tell.
+        told = told + mask[gone] * (x[..., gone] - told)
+        return torch.empty_like(x).index_copy(-1, left, centre[left] + stays).index_copy(-1, gone, told)
+
+    def _rotated(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        if rotation is None:
+            return x
+        return torch.einsum("...grd,ged->...gre", x.unflatten(-1, self.shape), rotation.to(x)).flatten(-3)
 
 
 class _StackHook:

@@ -119,17 +119,21 @@ def _map(
     """Weight and bias of one sliced map: sliced as always, from one whose other weights are zero."""
     kept, inner = axis.places()[0], int((axis.side == "in") != isinstance(module, Conv1D))
     partly = copy.deepcopy(module)
-    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", kept, inner, module.weight.shape))
+    told = any(slot == pair.consumer and pair.name in path.covariance for pair, slot in parts)
+    read = np.arange(axis.dense) if told else kept  # what leaves is in the weights of what stays
+    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", read, inner, module.weight.shape))
     if module.bias is not None:
         out = axis.side == "out"
         whole = weights.kept(f"{name}.bias", kept, 0, module.bias.shape) if out else weights.whole(f"{name}.bias")
         partly.bias = nn.Parameter(whole)
-    weight, bias = sliced_map(partly, axis, parts, selection, None)
+    weight, bias = sliced_map(partly, axis, parts, selection)
     for pair, slot in parts:
-        if slot == pair.consumer and pair.name in path.fill:  # those of units that are left out were zero
+        thinned = not selection.keep[pair.name].all()
+        if slot == pair.consumer and pair.name in path.fill and thinned and not told:
+            # Units that are left out were zero, and so was their fill's share.
             there = axis_first(partly.weight.detach(), module, axis.side)
-            read = through(path.fill[pair.name], there, slot.index(pair.groups, pair.width))
-            bias = (0 if bias is None else bias) + torch.from_numpy(path.fill_sum[pair.name]) - read
+            seen = through(path.fill[pair.name], there, slot.index(pair.groups, pair.width))
+            bias = (0 if bias is None else bias) + torch.from_numpy(path.fill_sum[pair.name]) - seen
     dtype = partly.weight.dtype
     return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 

@@ -21,7 +21,15 @@ from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
 # Arrays by pair, and their precision. What a fill adds up to is to be taken from the same sum over few units.
-ARRAYS = {"ranking": "f4", "fill": "f4", "basis": "f4", "slope": "f4", "fill_sum": "f8"}
+ARRAYS = {
+    "ranking": "f4",
+    "fill": "f4",
+    "basis": "f4",
+    "slope": "f4",
+    "centre": "f4",
+    "covariance": "f4",
+    "fill_sum": "f8",
+}
 
 Floats = npt.NDArray[np.floating]
 
@@ -57,6 +65,8 @@ class SolutionPath:
             scale is 1 + (1 - r) slope.
         fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
             (``pathprune.sorting``), so that a size can be loaded without the weights of the units that it lacks.
+        centre, covariance: pair name -> (N,) and (N, N), see ``Selection``. They are most of the path's bytes,
+            about as many as the model's; without them (``centre={}, covariance={}``), every size is worse.
         trajectory: what the search did.
         config: how the search was set up; empty for a ranking from elsewhere.
         versions: of the libraries that made the path.
@@ -70,6 +80,8 @@ class SolutionPath:
     fill: dict[str, Floats] = field(default_factory=dict)
     basis: dict[str, Floats] = field(default_factory=dict)
     slope: dict[str, Floats] = field(default_factory=dict)
+    centre: dict[str, Floats] = field(default_factory=dict)
+    covariance: dict[str, Floats] = field(default_factory=dict)
     fill_sum: dict[str, Floats] = field(default_factory=dict)
     trajectory: Trajectory = field(default_factory=Trajectory)
     config: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +114,8 @@ class SolutionPath:
             | (set(self.slope) - scalable),
         ):
             raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
+        if not set(self.centre) == set(self.covariance) <= set(self.fill):
+            raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
         for pair in self.pairs:
             _check(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
             if pair.name in self.fill:
@@ -110,6 +124,10 @@ class SolutionPath:
                 _check(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
             if pair.name in self.slope:
                 _check(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
+            if pair.name in self.centre:
+                inner = (pair.groups * pair.consumer.repeat * pair.width,)
+                _check(f"centre of {pair.name}", self.centre[pair.name], inner)
+                _check(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
             if pair.name in self.fill_sum:
                 _check(f"fill_sum of {pair.name}", self.fill_sum[pair.name], (pair.consumer.size,))
 
@@ -198,6 +216,8 @@ class SolutionPath:
                 fill=parts["fill"],
                 basis=parts["basis"],
                 slope=parts["slope"],
+                centre=parts["centre"],
+                covariance=parts["covariance"],
                 fill_sum=parts["fill_sum"],
                 trajectory=Trajectory(**parts["trajectory"]),
                 config=meta["config"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
+from pathprune.compensation import Compensator, gather
 from pathprune.data import Batches, check_finite
 from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
@@ -27,12 +28,13 @@ from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import PairList
-from pathprune.path import SolutionPath, Trajectory, library_versions
+from pathprune.path import Floats, SolutionPath, Trajectory, library_versions
 
 Dynamics = Literal["sampled", "lbi", "spp-released"]
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_EVERY = 50  # steps
+STATISTICS_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SearchConfig:
         unit, multiple: see ``SolutionPath``.
         basis: rotate heads into balanced bases first (``pathprune.basis``).
         fill: put the mean in a removed dimension's place.
+        compensate: tell what is removed from what stays, by the covariance over the first 64 batches
+            (``pathprune.compensation``). Only with a fill, and for the sampled path.
         lr: of the sampled path's dual at the start; it falls to zero along a cosine.
         fill_lr: of its fills, in standard deviations of the activation they stand for.
         slope_lr: of its slopes, by which units that stay are scaled as others go; 0 leaves them as they are.
@@ -65,6 +69,7 @@ class SearchConfig:
     multiple: int = 8
     basis: bool = True
     fill: bool = True
+    compensate: bool = True
     lr: float = 0.005
     fill_lr: float = 0.005
     slope_lr: float = 0.02
@@ -86,6 +91,10 @@ class SearchConfig:
             raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
         if self.fill_lr < 0 or self.slope_lr < 0:
             raise DataError(f"fill_lr={self.fill_lr} and slope_lr={self.slope_lr} must not be negative")
+
+    @property
+    def compensates(self) -> bool:
+        return self.compensate and self.fill and self.dynamics == "sampled"
 
     @property
     def curvature_steps(self) -> int:
@@ -128,7 +137,8 @@ def search(
         resume: go on from the checkpoint in ``out``; model and settings must be the same. A
             search that had finished is loaded.
         progress: show a bar; by default only on a terminal.
-        **settings: ``unit=``, ``multiple=``, ``basis=``, ``fill=`` and the other fields of ``SearchConfig``.
+        **settings: ``unit=``, ``multiple=``, ``basis=``, ``fill=``, ``compensate=`` and the other fields of
+            ``SearchConfig``.
 
     Raises:
         UnsupportedModelError: no pair could be proved.
@@ -182,6 +192,8 @@ class _Run:
         self.seq_len = _tokens(model, pairs, batches.first)
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
+        self.centre: dict[str, Floats] = {}
+        self.covariance: dict[str, Floats] = {}
         self.done = 0
         self.loss: list[float] = []
         self.level: list[float] = []
@@ -201,6 +213,19 @@ class _Run:
             write_artifact(self.out, "checkpoint", {"format": CHECKPOINT_FORMAT, "step": None}, {})
         first = self.batches.take(self.config.curvature_steps)
         self.found = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
+        if self.config.compensates:
+            self.centre, self.covariance = gather(
+                self.model,
+                self.pairs,
+                self.batches,
+                self.found.basis,
+                count=STATISTICS_BATCHES,
+                progress=None if self.hidden is None else not self.hidden,
+            )
+            if self.out is not None:
+                tensors = {f"centre/{name}": array for name, array in self.centre.items()}
+                tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
+                write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
         kind = DYNAMICS[self.config.dynamics]
         self.driver = self._driver(kind.begin(self.config, self._probe(first), self.params))
 
@@ -237,6 +262,14 @@ class _Run:
         self.masks.clear()
         return torch.cat(rows)
 
+    def attached(self) -> AbstractContextManager[None]:
+        """Masks, fills and compensation, for the steps on the path."""
+        compensators = {
+            name: Compensator(*(torch.from_numpy(part).to(self.batches.device) for part in (self.centre[name], array)))
+            for name, array in self.covariance.items()
+        }
+        return attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis, compensators)
+
     def visit(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
         """Exactly what the path would ship at ``level``."""
         path = self.path(ranking, slope)
@@ -266,7 +299,7 @@ class _Run:
         bar = tqdm(total=config.path_steps, initial=self.done, desc="search", unit="step", disable=self.hidden)
         stream = islice(iter(self.batches), config.curvature_steps + self.done, None)
         try:
-            with bar, attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis):
+            with bar, self.attached():
                 while self.done < config.path_steps:
                     loss, level = self._step(next(stream))
                     bar.set_postfix(loss=f"{loss:.4f}", keep=f"{level:.2f}", refresh=False)
@@ -281,6 +314,8 @@ class _Run:
             self.driver.slope(),
             fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
             basis=self.found.basis,
+            centre=self.centre,
+            covariance=self.covariance,
             trajectory=self._trajectory(),
             config=asdict(config),
             versions=library_versions(),
@@ -288,6 +323,7 @@ class _Run:
         if self.out is not None:
             path.save(self.out)
             remove_artifact(self.out, "checkpoint")
+            remove_artifact(self.out, "statistics")
         return path
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
@@ -339,12 +375,16 @@ class _Run:
             self.start()
             return
         _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
-        parts: dict[str, dict[str, Any]] = {"state": {}, "basis": {}, "mean": {}, "std": {}, "trajectory": {}}
+        if self.config.compensates:
+            tensors |= read_artifact(self.out, "statistics", CHECKPOINT_FORMAT)[1]
+        names = ("state", "basis", "mean", "std", "centre", "covariance", "trajectory")
+        parts: dict[str, dict[str, Any]] = {name: {} for name in names}
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = array
             self.found = Calibration(parts["basis"], parts["mean"], parts["std"])
+            self.centre, self.covariance = parts["centre"], parts["covariance"]
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
             self.done = int(meta["step"])
             self.loss, self.level, self.gamma_l1 = (

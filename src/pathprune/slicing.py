@@ -40,9 +40,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Selection
+from pathprune.compensation import Compensator
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import Ints, Pair, Slot
-from pathprune.statistics import Statistics, refit
 
 # Names under which attention modules keep their sizes; each is set only where its value is the dense size.
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "attention_head_dim",
@@ -169,35 +169,27 @@ class Axis:
         return old[order], new[order]
 
 
-def slice_model(model: nn.Module, selection: Selection, statistics: Statistics | None = None) -> nn.Module:
+def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
     """A new, physically smaller model; ``model`` is untouched.
 
-    In exact arithmetic its outputs are those of ``masked(model, selection)``, unless weights are refitted.
+    In exact arithmetic its outputs are those of ``masked(model, selection)``.
     Its configuration carries the widths, so that ``save_pretrained`` and ``from_pretrained`` work as for any
     model of ``transformers`` (``pathprune.hub``).
 
-    Args:
-        statistics: of this model (``gather_statistics``). The maps that read thinned axes are refitted with
-            them, in closed form, to make up for the units that leave.
-
     Raises:
-        MismatchError: the selection or the statistics belong to another model, or to other weights of it; or the
-            widths of experts are such that their kernel cannot read them.
+        MismatchError: the selection belongs to another model, or to other weights of it; or the widths of experts are
+            such that their kernel cannot read them.
     """
     from pathprune.discovery import check_base
     from pathprune.hub import attach_record
 
     check_base(model, selection.pairs)
-    if statistics is not None and statistics.base != selection.pairs.base:
-        raise MismatchError("the statistics were gathered from another model; gather them from this one")
-    small, record = slice_modules(model, selection, statistics)
+    small, record = slice_modules(model, selection)
     attach_record(small, record, selection)
     return small
 
 
-def slice_modules(
-    model: nn.Module, selection: Selection, statistics: Statistics | None = None
-) -> tuple[nn.Module, Record]:
+def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
     axes, record = plan(model, selection)
     check_experts(model, record)
@@ -208,7 +200,7 @@ def slice_modules(
             parts.setdefault(slot.module, []).append((pair, slot))
     for name, axis in axes.items():
         old = linear_map(model, name)
-        weight, bias = sliced_map(old, axis, parts[name], selection, statistics)
+        weight, bias = sliced_map(old, axis, parts[name], selection)
         new = _sized(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
@@ -245,7 +237,7 @@ def plan(model: nn.Module, selection: Selection) -> tuple[dict[str, Axis], Recor
     for name, axis in axes.items():
         record["modules"][name] = _shape(linear_map(model, name), axis)
     for pair in selection.pairs:
-        if pair.name in selection.fill and pair.consumer.module in axes:
+        if pair.name in selection.fill and not selection.keep[pair.name].all():
             record["modules"][pair.consumer.module]["bias"] = True
     return axes, record
 
@@ -406,7 +398,7 @@ def _blocks(new: Ints, size: int) -> Record | None:
 
 
 def sliced_map(
-    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection, statistics: Statistics | None
+    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection
 ) -> tuple[Tensor, Tensor | None]:
     """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64."""
     weight = axis_first(module.weight.detach(), module, axis.side)
@@ -423,12 +415,9 @@ def sliced_map(
             weight = weight.index_copy(0, index, weight[index] * factor)
             if bias is not None:
                 bias = bias.index_copy(0, index, bias[index] * factor)
-        if slot == pair.consumer:
-            whole = weight, bias
-            weight, bias = _fold(weight, bias, pair, slot, selection)
-            if statistics is not None and pair.name in statistics.moments and not selection.keep[pair.name].all():
-                moment = statistics.moments[pair.name].to(weight.device, torch.float64)
-                weight, bias = _refit(weight, bias, whole, pair, selection, moment)
+        if slot == pair.consumer and not selection.keep[pair.name].all():
+            fold = _compensate if pair.name in selection.covariance else _fold
+            weight, bias = fold(weight, bias, pair, slot, selection)
     kept = torch.from_numpy(axis.places()[0]).to(weight.device)
     if bias is not None and axis.side == "out":
         bias = bias[kept]
@@ -453,31 +442,25 @@ def _fold(
     return weight, bias
 
 
-def _refit(
-    weight: Tensor,
-    bias: Tensor | None,
-    whole: tuple[Tensor, Tensor | None],
-    pair: Pair,
-    selection: Selection,
-    moment: Tensor,
+def _compensate(
+    weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
 ) -> tuple[Tensor, Tensor | None]:
-    """Fit a consumer's weight and bias, as folded, to what the ``whole`` ones give."""
-    index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
-    places = torch.from_numpy(index.ravel()).to(weight.device)
-    keep = np.broadcast_to(pair.by_dim(selection.keep[pair.name])[:, None], index.shape)
-    kept = torch.from_numpy(np.flatnonzero(keep)).to(weight.device)
-    if pair.name in selection.basis:
-        rotation = torch.from_numpy(selection.basis[pair.name]).to(moment)
-        for _ in range(2):  # rows, then columns
-            heads = moment[:-1].unflatten(0, index.shape)
-            moment = torch.cat([torch.einsum("ged,grd...->gre...", rotation, heads).flatten(0, 2), moment[-1:]]).mT
-    start = weight[places[kept]].double()
-    before = weight.new_zeros((), dtype=torch.float64) if whole[1] is None else whole[1].double()
-    if bias is not None:
-        start = torch.cat([start, (bias.double() - before).expand(1, -1)])
-    fitted = refit(moment, whole[0][places].double(), kept, start, biased=bias is not None)
-    weight = weight.double().index_copy(0, places[kept], fitted[: len(kept)])
-    return weight, None if bias is None else before + fitted[-1]
+    """Fold what stays, and what it tells of the rest, into a consumer (equations in ``pathprune.compensation``)."""
+
+    def array(values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(weight.device, torch.float64)
+
+    centre = array(selection.centre[pair.name])
+    compensator = Compensator(centre, array(selection.covariance[pair.name]))
+    scale = compensator.by_place(array(pair.by_dim(selection.mask(pair))))
+    keep = compensator.by_place(torch.from_numpy(pair.by_dim(selection.keep[pair.name])).to(weight.device))
+    left, gone, fitted = compensator.fit(keep)
+    places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
+    whole = weight[places].double()
+    rows = scale[left].unsqueeze(1) * (whole[left] + fitted @ whole[gone])
+    constant = compensator.by_place(array(selection.fill[pair.name]))[gone] @ whole[gone]
+    constant = constant + centre[left] @ (whole[left] - rows)
+    return weight.double().index_copy(0, places[left], rows), constant if bias is None else bias.double() + constant
 
 
 def through(constant: npt.NDArray[np.floating], weight: Tensor, places: Ints) -> Tensor:

@@ -85,7 +85,22 @@ def sorted_path(path: SolutionPath, orders: dict[str, UnitOrder]) -> SolutionPat
     def moved(arrays: dict[str, Floats]) -> dict[str, Floats]:
         return {name: orders[name].apply(array) for name, array in arrays.items()}
 
-    return replace(path, ranking=moved(path.ranking), fill=moved(path.fill), slope=moved(path.slope), basis={})
+    def inner(name: str) -> Ints:
+        """(N,), the old place of each new one in what a consumer reads."""
+        order = orders[name]
+        places = np.arange(len(path.centre[name])).reshape(len(order.heads), -1, order.units.shape[1])
+        found: Ints = np.take_along_axis(places, order.units[:, None], axis=2)[order.heads].ravel()
+        return found
+
+    return replace(
+        path,
+        ranking=moved(path.ranking),
+        fill=moved(path.fill),
+        slope=moved(path.slope),
+        centre={name: array[inner(name)] for name, array in path.centre.items()},
+        covariance={name: array[np.ix_(inner(name), inner(name))] for name, array in path.covariance.items()},
+        basis={},
+    )
 
 
 def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:

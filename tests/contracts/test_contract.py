@@ -131,9 +131,10 @@ def test_sliced_is_masked(subject: Subject) -> None:
 
 def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tmp_path: Path) -> None:
     """And a size of the sorted model, saved whole, can be loaded alone."""
-    some = selection_of(subject.pairs, "full")  # for its rotations and fills
+    some = selection_of(subject.pairs, "full")  # for its rotations, fills and compensation
     scores = {pair.name: np.random.default_rng(0).random(pair.shape) for pair in subject.pairs}
-    path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis))
+    moments = {"centre": dict(some.centre), "covariance": dict(some.covariance)}
+    path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis), **moments)
     ordered, again = sort_units(subject.model, path)
     rounded = not subject.row.rounds
     expected = run(subject.model, subject.inputs, rounded=rounded)

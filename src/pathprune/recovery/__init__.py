@@ -1,6 +1,6 @@
 """Give a sliced model back what slicing cost it, from unlabelled data and the dense model.
 
-What a closed form can give back, slicing gives at once: ``pathprune.statistics``.
+What a closed form can give back, every size has from the start: ``pathprune.compensation``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def elastic(
     if not 0 < lowest < 1:
         raise DataError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
-    student, path = sort_units(model, path)
+    # Compensation gives every size weights of its own; these are shared.
+    student, path = sort_units(model, replace(path, centre={}, covariance={}))
     sizes = _Sizes(path, lowest, batches.device)
     hidden = None if progress is None else not progress
     with evaluating(model), evaluating(student), attach_masks(student, path.pairs, sizes.masks, sizes.fills):

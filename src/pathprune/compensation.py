@@ -1,0 +1,193 @@
+"""Compensation: what leaves is told from what stays, in closed form, at every size of a family.
+
+The map that reads a pair's inner axis (output projection, down) computes x W. Where the units K stay and R leave, it
+is given, in place of x_R,
+
+    c_R + m (x_K - mu_K) B,    B = (C_KK + ridge I)^-1 C_KR
+
+with mu and C the mean and covariance of x in the dense model, c the fill and m the scale of the units that stay. Both
+are linear in what stays, so that slicing folds them into the small map's weight and bias:
+
+    W'_K = m (W_K + B W_R),    b' = b + c_R W_R + mu_K (W_K - W'_K)
+
+C is all that this needs, whatever K: gathered once, it serves every size. These are the least squares of Optimal Brain
+Surgeon (Hassibi and Stork, NeurIPS 1992) and many after it; what is ours is that the search visits every size with them
+in place, so that units are ranked by what the others cannot make up for, and c and m make up for what is left: the
+errors of the layers below, of which C knows nothing.
+
+Tokens are weighted by the inverse squared norm of the consumer's output, so that a fit is to relative errors: a few
+tokens with massive activations (Sun et al., COLM 2024) would own it otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pathprune.data import Batches
+from pathprune.errors import DataError, MismatchError
+from pathprune.modes import evaluating
+from pathprune.pairs import Pair
+
+if TYPE_CHECKING:
+    from pathprune.path import SolutionPath
+
+RIDGE = 0.1  # of the inputs' mean variance
+
+Floats = npt.NDArray[np.floating]
+
+
+def compensate(
+    model: nn.Module,
+    path: SolutionPath,
+    data: Iterable[Mapping[str, Tensor]],
+    *,
+    count: int = 64,
+    progress: bool | None = None,
+) -> SolutionPath:
+    """A path of the same family whose sizes make up, in closed form, for the units that they lack.
+
+    A search does this by itself; here is the same for rankings from elsewhere. Where the path has no fill, the mean
+    takes a removed dimension's place. Query-key pairs, stacked experts, and pairs with a norm or a gate between their
+    maps are left as they are.
+
+    Args:
+        model: the dense model; untouched.
+        data: re-iterable of model-input dicts, unlabelled. A map with N inputs wants several N tokens.
+        count: at most this many batches are read.
+        progress: show a bar; by default only on a terminal.
+
+    Raises:
+        MismatchError: the path is of another model.
+        DataError: empty data, wrong keys, or activations that are not finite.
+    """
+    from pathprune.discovery import check_base
+
+    if count < 1:
+        raise DataError(f"count={count} must be positive")
+    check_base(model, path.pairs)
+    centre, covariance = gather(model, path.pairs, Batches(model, data), path.basis, count=count, progress=progress)
+    means = {
+        pair.name: centre[pair.name].reshape(pair.groups, -1, pair.width).mean(1)
+        for pair in path.pairs
+        if pair.name in centre
+    }
+    return replace(path, fill={**means, **path.fill}, centre=centre, covariance=covariance)
+
+
+def gather(
+    model: nn.Module,
+    pairs: Iterable[Pair],
+    batches: Batches,
+    basis: Mapping[str, Floats],
+    *,
+    count: int,
+    progress: bool | None,
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Pair name -> (N,) mean and (N, N) covariance of what the consumer reads of the pair, N = G R D by group, head and
+    dimension, in the bases (G, D, D); of the pairs that take a fill.
+    """
+    real: list[Tensor | None] = [None]
+    hooks = {pair.name: _Hook(pair, basis.get(pair.name), real) for pair in pairs if pair.fillable}
+    handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            hidden = None if progress is None else not progress
+            first = islice(batches.once(), count)
+            for batch in tqdm(first, desc="statistics", unit="batch", disable=hidden, leave=False):
+                real[0] = batch.get("attention_mask")
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    centre, covariance = {}, {}
+    for name, hook in hooks.items():
+        if hook.moment is None:  # a part of the model that the data does not reach
+            continue
+        if not torch.isfinite(hook.moment).all():
+            raise DataError(f"what {name} computes is not finite; check the data, or load the model in float32")
+        mean, spread = hook.central()
+        centre[name], covariance[name] = mean.cpu().float().numpy(), spread.cpu().float().numpy()
+    return centre, covariance
+
+
+class _Hook:
+    """Adds up the moments of one consumer's input."""
+
+    def __init__(self, pair: Pair, basis: Floats | None, real: list[Tensor | None]) -> None:
+        index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
+        self.shape, self.index = index.shape, torch.from_numpy(index.ravel())
+        self.module, self.basis, self.real = pair.consumer.module, basis, real
+        self.moment: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].index_select(-1, self.index.to(args[0].device))
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        real = self.real[0]
+        if real is not None and real.shape == x.shape[:-1]:  # padding tokens do not count
+            x, output = x[real.bool()], output[real.bool()]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 / output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True).clamp_min(1e-6)
+        x = x.flatten(0, -2).to(wide) * weight
+        self.moment = x.mT @ x if self.moment is None else self.moment + x.mT @ x
+
+    def central(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, in the basis."""
+        assert self.moment is not None
+        moment = self.moment.double() / self.moment[-1, -1].double()
+        mean = moment[-1, :-1]
+        spread = moment[:-1, :-1] - mean.unsqueeze(1) * mean
+        if self.basis is None:
+            return mean, spread
+        rotation = torch.from_numpy(self.basis).to(moment)
+
+        def rotated(rows: Tensor) -> Tensor:
+            return torch.einsum("ged,grd...->gre...", rotation, rows.unflatten(0, self.shape)).flatten(0, 2)
+
+        return rotated(mean), rotated(rotated(spread).mT)
+
+
+class Compensator:
+    """Tells the inputs of a consumer that leave from those that stay.
+
+    Args:
+        centre, covariance: (N,) and (N, N), of what the consumer reads; the fit is made in their precision.
+    """
+
+    def __init__(self, centre: Tensor, covariance: Tensor) -> None:
+        self.centre, self.covariance = centre, covariance
+        self.ridge = RIDGE * covariance.diagonal().mean()
+        self.latest: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def by_place(self, by_dim: Tensor) -> Tensor:
+        """From (G, D) to (N,)."""
+        repeat = len(self.centre) // by_dim.numel()
+        return by_dim.unsqueeze(1).expand(-1, repeat, -1).flatten()
+
+    def fit(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(K,) and (R,), what stays and what leaves, and (K, R), B; that of the latest ``keep`` (N,) is remembered.
+
+        Raises:
+            MismatchError: the covariance is none.
+        """
+        if self.latest is None or not torch.equal(self.latest[0], keep):
+            left, gone = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+            matrix = self.covariance[left][:, left]
+            matrix.diagonal().add_(self.ridge)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed:
+                raise MismatchError(
+                    "a covariance of the path is not positive definite; gather it anew with "
+                    "pathprune.compensate(model, path, data)"
+                )
+            fitted = torch.cholesky_solve(self.covariance[left][:, gone], factor)
+            self.latest = keep, (left, gone, fitted)
+        return self.latest[1]

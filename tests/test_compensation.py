@@ -1,0 +1,202 @@
+"""Compensation: against least squares on the tokens themselves, whatever the layout, and bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import pathprune as pp
+from helpers import VOCAB, tiny_batches, tiny_bert
+from pathprune import compensation
+from pathprune.budget import Budget
+from pathprune.discovery import identify
+from pathprune.evaluation import fidelity
+from pathprune.masks import attach_masks
+from pathprune.pairs import PairList
+from pathprune.slicing import axis_first
+
+
+def gpt2() -> nn.Module:
+    """Transposed maps, and query, key and value in one."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)).eval()
+
+
+def llama() -> nn.Module:
+    """Grouped queries, and no biases."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, intermediate_size=20, **shape)).eval()
+
+
+MODELS = {"bert": tiny_bert, "gpt2": gpt2, "llama": llama}
+
+
+def random_path(model: nn.Module, *, fill: bool, basis: bool) -> pp.SolutionPath:
+    """A random ranking, compensated; where ``fill`` is false, by the means."""
+    pairs = pp.find_pairs(model)
+    rng = np.random.default_rng(0)
+    fills = {pair.name: rng.normal(size=(pair.groups, pair.width)) for pair in pairs if pair.fillable}
+    bases = {
+        pair.name: np.linalg.qr(rng.normal(size=(pair.groups, pair.width, pair.width)))[0] * rng.uniform(0.5, 2)
+        for pair in pairs
+        if pair.rotatable
+    }
+    path = pp.SolutionPath(
+        pairs,
+        {pair.name: rng.random(pair.shape) for pair in pairs},
+        fill=fills if fill else {},
+        basis=bases if basis else {},
+    )
+    return pp.compensate(model, path, tiny_batches(count=12), progress=False)
+
+
+def tokens(model: nn.Module, name: str, data: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a map reads and gives at every token that is not padding."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module: Any = model.get_submodule(name)
+    for batch in data:
+        real = batch["attention_mask"].bool()
+        handle = module.register_forward_hook(lambda m, args, out, real=real: seen.append((args[0][real], out[real])))
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+    inputs, outputs = zip(*seen, strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_no_weights_that_stay_come_nearer(kind: str, fill: bool, basis: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensation, "RIDGE", 1e-6)
+    model = MODELS[kind]().double()
+    path = random_path(model, fill=fill, basis=basis)
+    selection = path.select(Budget(keep=0.5))
+    small = pp.slice_model(model, selection)
+    plain: Any = pp.slice_model(model, replace(selection, centre={}, covariance={}))
+    for pair in selection.pairs:
+        if pair.kind == "qk":
+            continue
+        x, y = tokens(model, pair.consumer.module, tiny_batches(count=12))
+        rotation = torch.from_numpy(path.basis.get(pair.name, np.eye(pair.width)[None].repeat(pair.groups, 0))).double()
+        heads = x.unflatten(-1, (pair.groups, pair.consumer.repeat, pair.width))
+        x = torch.einsum("...grd,ged->...gre", heads, rotation).flatten(-3)
+        x = x[:, pair.positions(pair.consumer, selection.keep[pair.name])]
+        fitted: Any = small.get_submodule(pair.consumer.module)
+        dense: Any = model.get_submodule(pair.consumer.module)
+        there = plain.get_submodule(pair.consumer.module)
+        ours = axis_first(fitted.weight.detach(), dense, "in")
+        weight = 1 / y.norm(dim=1, keepdim=True)
+        # Centred: the mean output is that of the fills.
+        average = weight.square() / weight.square().sum()
+        middle = (average * x).sum(0)
+        expected = middle @ axis_first(there.weight.detach(), dense, "in") + there.bias.detach()
+        torch.testing.assert_close(middle @ ours + fitted.bias.detach(), expected, rtol=0, atol=1e-5)
+        x, y = x - middle, y - (average * y).sum(0)
+        best = torch.linalg.lstsq(x * weight, y * weight).solution
+        errors = [float(((x @ rows - y) * weight).square().sum()) for rows in (ours, best, torch.zeros_like(best))]
+        assert errors[0] <= errors[1] + 1e-5 * errors[2]
+
+
+def test_what_others_tell_exactly_may_leave_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each neuron has a double, one of the two is enough, whatever both write."""
+    monkeypatch.setattr(compensation, "RIDGE", 1e-7)
+    model: Any = tiny_bert()
+    pairs = pp.find_pairs(model)
+    ups = [pair for pair in pairs if pair.kind == "mlp"]
+    for pair in ups:
+        half = pair.width // 2
+        up = model.get_submodule(pair.slots[0].module)
+        with torch.no_grad():
+            up.weight[half : 2 * half] = up.weight[:half]
+            up.bias[half : 2 * half] = up.bias[:half]
+    pairs = pp.find_pairs(model)
+    scores = {pair.name: np.ones(pair.shape) for pair in pairs}
+    path = pp.compensate(model, pp.SolutionPath.from_scores(pairs, scores), tiny_batches(count=30), progress=False)
+    keep = {pair.name: np.ones(pair.shape, dtype=bool) for pair in pairs}
+    for pair in ups:
+        keep[pair.name][0, pair.width // 2 :] = False
+    told = replace(path.select(Budget(keep=1.0)), keep=keep)
+    unseen = tiny_batches(seed=1)
+    assert 1 - fidelity(pp.slice_model(model, told), model, unseen) < 1e-4
+    assert 1 - fidelity(pp.slice_model(model, replace(told, centre={}, covariance={})), model, unseen) > 1e-2
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_a_mask_s_gradient_is_of_what_the_others_do_not_tell(kind: str) -> None:
+    """A unit that is gone, and a double of one that stays: nothing depends on its mask."""
+    model = MODELS[kind]().double()
+    path = random_path(model, fill=True, basis=False)
+    pair = next(pair for pair in path.pairs if pair.kind == "mlp")
+    keep = path.select(Budget(keep=0.5)).keep[pair.name]
+    moments = path.centre[pair.name], path.covariance[pair.name]
+    told = compensation.Compensator(*(torch.from_numpy(array).double() for array in moments))
+    mask = torch.from_numpy(keep).double().requires_grad_()
+    fill = {pair.name: torch.from_numpy(path.fill[pair.name])}
+    read: list[torch.Tensor] = []
+    consumer = model.get_submodule(pair.consumer.module)
+    before = consumer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with attach_masks(model, path.pairs, {pair.name: mask}, fill, compensators={pair.name: told}):
+        after = consumer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        model(**tiny_batches()[0])
+    before.remove()
+    after.remove()
+    dense, shipped = read
+    left, gone, _ = told.fit(torch.from_numpy(keep[0]))
+    error = dense - shipped
+    assert float(error[..., left].detach().abs().max()) < 1e-12
+    (slope,) = torch.autograd.grad(shipped.sum(), mask)
+    torch.testing.assert_close(slope[0, gone], error[..., gone].sum((0, 1)))
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_compensated_models_are_nearer_on_unseen_data(kind: str, tmp_path: Any) -> None:
+    model = MODELS[kind]()
+    path = pp.search(model, tiny_batches(count=60), steps=10, multiple=1, progress=False, out=tmp_path / "path")
+    plain = pp.search(model, tiny_batches(count=60), steps=10, multiple=1, progress=False, compensate=False)
+    assert not plain.covariance
+    losses, sizes = [], []
+    for one in (pp.SolutionPath.load(tmp_path / "path"), path, plain):
+        small = pp.slice_model(model, one.select(Budget(keep=0.5)))
+        losses.append(1 - fidelity(small, model, tiny_batches(seed=1)))
+        sizes.append(sum(p.numel() for p in small.parameters()))
+    assert losses[0] == losses[1] < 0.9 * losses[2]
+    assert sorted(file.name.partition("-")[0] for file in (tmp_path / "path").iterdir()) == ["path", "path.json"]
+
+
+def test_what_loses_nothing_is_as_it_was() -> None:
+    model = tiny_bert()
+    path = random_path(model, fill=True, basis=True)
+    same = pp.slice_model(model, path.select(Budget(keep=1.0)))
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), model.parameters(), strict=True))
+
+
+def test_bad_input_is_refused() -> None:
+    model, other = tiny_bert(), tiny_bert(seed=1)
+    path = random_path(model, fill=True, basis=True)
+    with pytest.raises(pp.DataError, match="count=0"):
+        pp.compensate(model, path, tiny_batches(), count=0)
+    with pytest.raises(pp.DataError, match="data is empty"):
+        pp.compensate(model, path, [])
+    with pytest.raises(pp.MismatchError, match="another model"):
+        pp.compensate(other, path, tiny_batches())
+    with pytest.raises(pp.MismatchError, match="centre and covariance must name the same pairs"):
+        replace(path, fill={})
+    with pytest.raises(pp.MismatchError, match=r"covariance of .* has shape"):
+        replace(path, covariance={name: array[1:] for name, array in path.covariance.items()})
+    none = replace(path, covariance={name: -array for name, array in path.covariance.items()})
+    with pytest.raises(pp.MismatchError, match="not positive definite"):
+        pp.slice_model(model, none.select(Budget(keep=0.5)))
+    model.embeddings.word_embeddings.weight.data[5] = float("nan")
+    with pytest.raises(pp.DataError, match="not finite"):
+        pp.compensate(
+            model, replace(path, pairs=PairList(path.pairs, identify(model, 0, 0))), tiny_batches(), progress=False
+        )
