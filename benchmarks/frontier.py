@@ -9,6 +9,8 @@ remove inner units only. No method recovers by training, none sees a label, and 
 forward-backward passes over the same batches, for each size if it makes one size at a time. Methods and their sources
 are in ``benchmarks/baselines``, models and what is measured in ``benchmarks/models.py``.
 
+Runs that ``--out`` already holds are kept, and are not made again.
+
 For every method the record holds the seconds that all sizes took together (``family_seconds``) and the seconds
 of one size alone (``one_size_seconds``, what all sizes share and the mean of what each takes by itself).
 """
@@ -61,6 +63,18 @@ def measure(method: Callable[[Problem], Any], problem: Problem, subject: Any) ->
         run["family_seconds"] = run["shared_seconds"] + sum(each)
         run["one_size_seconds"] = run["shared_seconds"] + statistics.mean(each)
     return run
+
+
+def held(out: Path, setting: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs in a record of the same setting, by method; those that failed are left out."""
+    if not out.exists():
+        return {}
+    record = json.loads(out.read_text())
+    if differs := [
+        f"{name}={record[name]!r}, now {setting[name]!r}" for name in setting if record[name] != setting[name]
+    ]:
+        raise SystemExit(f"{out} holds runs with {'; '.join(differs)}. Choose another --out, or remove it")
+    return {name: [run for run in runs if "error" not in run] for name, runs in record["runs"].items()}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,34 +144,35 @@ def main() -> None:
     searched.config.use_cache = False
     dense_quality = subject.quality(subject.dense)
     print(json.dumps({"dense": dense_quality}), flush=True)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.methods}
+    setting = {"model": subject.label, "split": args.split, "steps": steps, "settings": search_settings(args)}
+    commands, runs = [command()], held(args.out, setting)
+    if args.out.exists():
+        commands = [*json.loads(args.out.read_text())["commands"], *commands]
     for seed in range(args.seeds):
         batches = subject.batches(seed, steps)
         pairs = pp.find_pairs(searched, batches[0])
         objective = get_objective(subject.objective, searched, batches[0])
-        problem = Problem(searched, subject.dense, pairs, batches, objective, steps, seed, search_settings(args))
+        problem = Problem(searched, subject.dense, pairs, batches, objective, steps, seed, setting["settings"])
         for name in args.methods:
-            run = measure(METHODS[name], problem, subject)
-            runs[name].append({"seed": seed, **run})
-            print(json.dumps({"method": name, **runs[name][-1]}), flush=True)
+            done = runs.setdefault(name, [])
+            if any(run["seed"] == seed for run in done):
+                continue
+            done.append({"seed": seed, **measure(METHODS[name], problem, subject)})
+            print(json.dumps({"method": name, **done[-1]}), flush=True)
             record = {
-                "command": command(),
-                "model": subject.label,
+                "commands": commands,
+                **setting,
                 "params": pairs.base.params,
                 "prunable_params": pairs.prunable_params,
-                "split": args.split,
-                "seeds": args.seeds,
-                "steps": steps,
                 "batches": len(batches),
-                "settings": dict(problem.settings),
                 "loss": subject.loss_label,
                 "dense": dense_quality,
-                "methods": {name: summary(done) for name, done in runs.items() if done},
+                "methods": {name: summary(runs[name]) for name in METHODS if runs.get(name)},
                 "runs": runs,
             }
             write_record(args.out, record)  # after every method: a run takes hours
     if args.plot:
-        write_text(args.plot, frontier(record))
+        write_text(args.plot, frontier(json.loads(args.out.read_text())))
 
 
 if __name__ == "__main__":

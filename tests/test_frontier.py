@@ -188,6 +188,17 @@ def test_record_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert found["rows"][0]["loss"]["std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
         assert found["seeds"] == 2
     assert {"machine", "versions", "steps", "split"} <= record.keys()
+
+    monkeypatch.setitem(frontier.METHODS, "random", lambda problem: 1 / 0)  # it is not run again
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *arguments, "random", "magnitude"])
+    frontier.main()
+    again = json.loads(out.read_text())
+    assert again["methods"]["random"] == record["methods"]["random"]
+    assert again["methods"]["magnitude"]["seeds"] == 2
+    assert len(again["commands"]) == 2
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *arguments, "random", "--steps", "5"])
+    with pytest.raises(SystemExit, match="steps=6, now 5"):
+        frontier.main()
     svg = plot.read_text()
     assert svg.startswith("<svg")
     assert "random" in svg
