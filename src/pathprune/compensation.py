@@ -167,6 +167,20 @@ class Compensator:
         self.ridge = RIDGE * covariance.diagonal().mean()
         self.latest: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
 
+    def __call__(self, x: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
+        """What the consumer reads in place of ``x``.
+
+        Args:
+            x: (..., N).
+            mask: (G, D), zero where a unit leaves, else its scale. The gradient of a zero is of what its unit would
+                bring back: what it is, less what the others tell of it.
+            fill: (G, D).
+        """
+        mask, fill = self.by_place(mask), self.by_place(fill)
+        left, gone, fitted = self.fit(mask.detach() != 0)
+        told: Tensor = _Told.apply(x, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
+        return told
+
     def by_place(self, by_dim: Tensor) -> Tensor:
         """From (G, D) to (N,)."""
         repeat = len(self.centre) // by_dim.numel()
@@ -180,7 +194,8 @@ class Compensator:
         """
         if self.latest is None or not torch.equal(self.latest[0], keep):
             left, gone = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-            matrix = self.covariance[left][:, left]
+            rows = self.covariance.index_select(0, left)
+            matrix = rows.index_select(1, left)
             matrix.diagonal().add_(self.ridge)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if failed:
@@ -188,6 +203,34 @@ class Compensator:
                     "a covariance of the path is not positive definite; gather it anew with "
                     "pathprune.compensate(model, path, data)"
                 )
-            fitted = torch.cholesky_solve(self.covariance[left][:, gone], factor)
+            fitted = torch.cholesky_solve(rows.index_select(1, gone), factor)
             self.latest = keep, (left, gone, fitted)
         return self.latest[1]
+
+
+class _Told(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, fill: Tensor, centre: Tensor, *fit: Tensor) -> Tensor:
+        left, gone, fitted = fit
+        stays = (x.index_select(-1, left) - centre[left]) * mask[left]
+        told = fill[gone] + stays @ fitted
+        out = torch.empty_like(x).index_copy_(-1, left, centre[left] + stays).index_copy_(-1, gone, told)
+        ctx.save_for_backward(x, mask, centre, told, *fit)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, centre, told, left, gone, fitted = ctx.saved_tensors
+        for_told = grads[0].index_select(-1, gone)
+        for_stays = grads[0].index_select(-1, left) + for_told @ fitted.mT
+        for_x = torch.zeros_like(x).index_copy_(-1, left, for_stays * mask[left])
+        wide = torch.promote_types(x.dtype, torch.float32)
+
+        def total(by_token: Tensor) -> Tensor:
+            return by_token.flatten(0, -2).sum(0, dtype=wide).to(mask)
+
+        for_mask, for_fill = torch.zeros_like(mask), torch.zeros_like(mask)
+        for_mask[left] = total(for_stays * (x.index_select(-1, left) - centre[left]))
+        for_mask[gone] = total(for_told * (x.index_select(-1, gone) - told))
+        for_fill[gone] = total(for_told)
+        return for_x, for_mask, for_fill, None, None, None, None

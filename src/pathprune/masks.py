@@ -163,7 +163,8 @@ class _ConsumerHook:
     ) -> None:
         self.pair, self.masks, self.fill, self.compensator = pair, masks, fill, compensator
         index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
-        self.shape, self.index = index.shape, torch.from_numpy(index.ravel())
+        self.shape = index.shape
+        self.index = torch.from_numpy(index.ravel()) if pair.consumer.fused else None
         self.rotation = self.inverse = None
         if basis is not None:
             self.rotation = torch.from_numpy(basis).double()
@@ -173,21 +174,15 @@ class _ConsumerHook:
         mask = self.masks.get(self.pair.name)
         if mask is None:
             return None
+        if self.index is None:
+            return (self._told(args[0], mask), *args[1:])
         index = self.index.to(args[0].device)
-        x = self._rotated(args[0].index_select(-1, index), self.rotation)
-        x = self._rotated(self._told(x, mask), self.inverse)
-        return (args[0].index_copy(-1, index, x), *args[1:])
+        return (args[0].index_copy(-1, index, self._told(args[0].index_select(-1, index), mask)), *args[1:])
 
     def _told(self, x: Tensor, mask: Tensor) -> Tensor:
-        place = self.compensator.by_place
-        mask = place(self.pair.by_dim(mask))
-        left, gone, fitted = self.compensator.fit(mask.detach() != 0)
-        centre, mask = self.compensator.centre.to(x), mask.to(x)
-        stays = mask[left] * (x[..., left] - centre[left])
-        told = place(self.fill[self.pair.name]).to(x)[gone] + stays @ fitted.to(x)
-        # Zero in value; its derivative is what a unit would bring back that the others do not tell.
-        told = told + mask[gone] * (x[..., gone] - told)
-        return torch.empty_like(x).index_copy(-1, left, centre[left] + stays).index_copy(-1, gone, told)
+        x = self._rotated(x, self.rotation)
+        x = self.compensator(x, self.pair.by_dim(mask), self.fill[self.pair.name])
+        return self._rotated(x, self.inverse)
 
     def _rotated(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         if rotation is None:

@@ -72,12 +72,21 @@ def sliced(subject: Subject, case: str, **settings: Any) -> Any:
 def assert_masked(
     dense: Any, small: Any, selection: Selection, inputs: Inputs, row: Row, name: str, rounds: Any = None
 ) -> Any:
-    """The masked model's outputs, which must be the sliced one's; exactly, but for what is rounded inside."""
-    rounds = row.rounds if rounds is None else rounds
-    for rounded, limit in ((False, EXACT), (True, SINGLE)) if rounds else ((True, EXACT),):
+    """The masked model's outputs, which must be the sliced one's; exactly, but for what is rounded inside.
+
+    Many a norm is computed in float32: a difference in the last place may then be one in the ninth.
+    """
+
+    def compared(rounded: bool) -> tuple[float, Any]:
         with masked(dense, selection):
             expected = run(dense, inputs, rounded=rounded)
-        assert gap(run(small, inputs, rounded=rounded), expected) < limit, f"{name}, {rounded=}"
+        return gap(run(small, inputs, rounded=rounded), expected), expected
+
+    apart, expected = compared(rounded=True)
+    assert apart < SINGLE, name
+    if apart >= EXACT or (row.rounds if rounds is None else rounds):
+        apart, _ = compared(rounded=False)
+        assert apart < EXACT, f"{name}, in float64 all through"
     return expected
 
 
@@ -136,13 +145,12 @@ def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tm
     moments = {"centre": dict(some.centre), "covariance": dict(some.covariance)}
     path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis), **moments)
     ordered, again = sort_units(subject.model, path)
-    rounded = not subject.row.rounds
-    expected = run(subject.model, subject.inputs, rounded=rounded)
-    assert gap(run(ordered, subject.inputs, rounded=rounded), expected) < EXACT
+    expected = run(subject.model, subject.inputs, rounded=False)
+    assert gap(run(ordered, subject.inputs, rounded=False), expected) < EXACT
     half = Budget(keep=0.5)
     small, theirs = (slice_model(*of) for of in ((ordered, again.select(half)), (subject.model, path.select(half))))
-    expected = run(theirs, subject.inputs, rounded=rounded)
-    assert gap(run(small, subject.inputs, rounded=rounded), expected) < EXACT
+    expected = run(theirs, subject.inputs, rounded=False)
+    assert gap(run(small, subject.inputs, rounded=False), expected) < EXACT
 
     ordered.save_pretrained(tmp_path)
     again.save(tmp_path)
