@@ -81,7 +81,14 @@ def test_no_weights_that_stay_come_nearer(kind: str, fill: bool, basis: bool, mo
     path = random_path(model, fill=fill, basis=basis)
     selection = path.select(Budget(keep=0.5))
     small = pp.slice_model(model, selection)
-    plain: Any = pp.slice_model(model, replace(selection, centre={}, covariance={}))
+    means = {
+        pair.name: path.centre[pair.name].reshape(pair.groups, -1, pair.width).mean(1)
+        for pair in path.pairs
+        if pair.name in path.centre
+    }
+    plain, at_mean = (
+        pp.slice_model(model, replace(selection, centre={}, covariance={}, fill=fills)) for fills in (path.fill, means)
+    )
     for pair in selection.pairs:
         if pair.kind == "qk":
             continue
@@ -92,13 +99,13 @@ def test_no_weights_that_stay_come_nearer(kind: str, fill: bool, basis: bool, mo
         x = x[:, pair.positions(pair.consumer, selection.keep[pair.name])]
         fitted: Any = small.get_submodule(pair.consumer.module)
         dense: Any = model.get_submodule(pair.consumer.module)
-        there = plain.get_submodule(pair.consumer.module)
+        moved: Any = [small.get_submodule(pair.consumer.module).bias for small in (plain, at_mean)]
         ours = axis_first(fitted.weight.detach(), dense, "in")
         weight = 1 / y.norm(dim=1, keepdim=True)
-        # Centred: the mean output is that of the fills.
+        # Centred: the mean output is the dense map's, but for what the fills are apart from the mean.
         average = weight.square() / weight.square().sum()
         middle = (average * x).sum(0)
-        expected = middle @ axis_first(there.weight.detach(), dense, "in") + there.bias.detach()
+        expected = (average * y).sum(0) + (moved[0] - moved[1]).detach()
         torch.testing.assert_close(middle @ ours + fitted.bias.detach(), expected, rtol=0, atol=1e-5)
         x, y = x - middle, y - (average * y).sum(0)
         best = torch.linalg.lstsq(x * weight, y * weight).solution

@@ -5,8 +5,8 @@ is given, in place of x_R,
 
     c_R + m (x_K - mu_K) B,    B = (C_KK + ridge I)^-1 C_KR
 
-with mu and C the mean and covariance of x in the dense model, c the fill and m the scale of the units that stay. Both
-are linear in what stays, so that slicing folds them into the small map's weight and bias:
+with mu and C the mean and covariance of x in the dense model, c the fill (``Compensator.constant``) and m the scale of
+the units that stay. Both are linear in what stays, so that slicing folds them into the small map's weight and bias:
 
     W'_K = m (W_K + B W_R),    b' = b + c_R W_R + mu_K (W_K - W'_K)
 
@@ -176,7 +176,7 @@ class Compensator:
                 bring back: what it is, less what the others tell of it.
             fill: (G, D).
         """
-        mask, fill = self.by_place(mask), self.by_place(fill)
+        mask, fill = self.by_place(mask), self.constant(fill)
         left, gone, fitted = self.fit(mask.detach() != 0)
         told: Tensor = _Told.apply(x, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
         return told
@@ -185,6 +185,11 @@ class Compensator:
         """From (G, D) to (N,)."""
         repeat = len(self.centre) // by_dim.numel()
         return by_dim.unsqueeze(1).expand(-1, repeat, -1).flatten()
+
+    def constant(self, fill: Tensor) -> Tensor:
+        """(N,), c: a fill (G, D), which heads of one group share, as far apart for each head as their means are."""
+        centre = self.centre.to(fill).unflatten(0, (len(fill), -1, fill.shape[1]))  # (G, R, D)
+        return self.by_place(fill) + (centre - centre.mean(1, keepdim=True)).flatten()
 
     def fit(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(K,) and (R,), what stays and what leaves, and (K, R), B; that of the latest ``keep`` (N,) is remembered.

@@ -458,7 +458,7 @@ def _compensate(
     places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
     whole = weight[places].double()
     rows = scale[left].unsqueeze(1) * (whole[left] + fitted @ whole[gone])
-    constant = compensator.by_place(array(selection.fill[pair.name]))[gone] @ whole[gone]
+    constant = compensator.constant(array(selection.fill[pair.name]))[gone] @ whole[gone]
     constant = constant + centre[left] @ (whole[left] - rows)
     return weight.double().index_copy(0, places[left], rows), constant if bias is None else bias.double() + constant
 
