@@ -151,7 +151,7 @@ def test_a_mask_s_gradient_is_of_what_the_others_do_not_tell(kind: str) -> None:
     read: list[torch.Tensor] = []
     consumer = model.get_submodule(pair.consumer.module)
     before = consumer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    with attach_masks(model, path.pairs, {pair.name: mask}, fill, compensators={pair.name: told}):
+    with attach_masks(model, path.pairs, {pair.name: mask}, fill, told={pair.name: told}):
         after = consumer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         model(**tiny_batches()[0])
     before.remove()

@@ -213,6 +213,19 @@ class Compensator:
         return self.latest[1]
 
 
+def compensators(
+    centre: Mapping[str, Floats],
+    covariance: Mapping[str, Floats],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Compensator]:
+    """Pair name -> its compensator."""
+    return {
+        name: Compensator(*(torch.from_numpy(part).to(device, dtype) for part in (centre[name], array)))
+        for name, array in covariance.items()
+    }
+
+
 class _Told(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, fill: Tensor, centre: Tensor, *fit: Tensor) -> Tensor:

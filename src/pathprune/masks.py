@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.budget import Selection
-from pathprune.compensation import Compensator
+from pathprune.compensation import Compensator, compensators
 from pathprune.pairs import Pair, Slot
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
@@ -34,11 +34,9 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     thinned = [pair for pair in selection.pairs if not selection.keep[pair.name].all()]
     masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in thinned}
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
-    compensators = {
-        name: Compensator(torch.from_numpy(selection.centre[name]).double(), torch.from_numpy(array).double())
-        for name, array in selection.covariance.items()
-    }
-    with attach_masks(model, selection.pairs, masks, fill, selection.basis, compensators):
+    device = next(model.parameters()).device
+    told = compensators(selection.centre, selection.covariance, device, torch.float64)
+    with attach_masks(model, selection.pairs, masks, fill, selection.basis, told):
         yield model
 
 
@@ -49,7 +47,7 @@ def attach_masks(
     masks: Mapping[str, Tensor],
     fill: Mapping[str, Tensor] | None = None,
     basis: Arrays | None = None,
-    compensators: Mapping[str, Compensator] | None = None,
+    told: Mapping[str, Compensator] | None = None,
 ) -> Iterator[None]:
     """Multiply every unit by its mask, until the context ends.
 
@@ -62,16 +60,16 @@ def attach_masks(
             pass, so that a search can change it between passes; a pair without one is dense.
         fill: pair name -> (G, D); looked up at every forward pass, too.
         basis: pair name -> (G, D, D).
-        compensators: pair name -> what tells the units whose mask is zero from the others
+        told: pair name -> what tells the units whose mask is zero from the others
             (``pathprune.compensation``); such a pair's masks are (G, U).
     """
     handles: list[Any] = []
     fill = {} if fill is None else fill  # an empty one may be filled later
-    basis, compensators = basis or {}, compensators or {}
+    basis, told = basis or {}, told or {}
     try:
         for pair in pairs:
-            if pair.name in compensators:
-                consumer = _ConsumerHook(pair, masks, fill, basis.get(pair.name), compensators[pair.name])
+            if pair.name in told:
+                consumer = _ConsumerHook(pair, masks, fill, basis.get(pair.name), told[pair.name])
                 handles.append(model.get_submodule(pair.consumer.module).register_forward_pre_hook(consumer))
                 continue
             for slot in pair.mask_slots:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
-from pathprune.compensation import Compensator, gather
+from pathprune.compensation import compensators, gather
 from pathprune.data import Batches, check_finite
 from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
@@ -264,11 +264,8 @@ class _Run:
 
     def attached(self) -> AbstractContextManager[None]:
         """Masks, fills and compensation, for the steps on the path."""
-        compensators = {
-            name: Compensator(*(torch.from_numpy(part).to(self.batches.device) for part in (self.centre[name], array)))
-            for name, array in self.covariance.items()
-        }
-        return attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis, compensators)
+        told = compensators(self.centre, self.covariance, self.batches.device)
+        return attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis, told)
 
     def visit(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
         """Exactly what the path would ship at ``level``."""

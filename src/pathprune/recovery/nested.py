@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.budget import Budget
+from pathprune.compensation import compensators
 from pathprune.data import Batches
 from pathprune.dynamics import GOLDEN
 from pathprune.errors import DataError
@@ -67,11 +68,12 @@ def elastic(
     if not 0 < lowest < 1:
         raise DataError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
-    # Compensation gives every size weights of its own; these are shared.
-    student, path = sort_units(model, replace(path, centre={}, covariance={}))
+    student, path = sort_units(model, path)
     sizes = _Sizes(path, lowest, batches.device)
     hidden = None if progress is None else not progress
-    with evaluating(model), evaluating(student), attach_masks(student, path.pairs, sizes.masks, sizes.fills):
+    told = compensators(path.centre, path.covariance, batches.device)
+    masks = attach_masks(student, path.pairs, sizes.masks, sizes.fills, told=told)
+    with evaluating(model), evaluating(student), masks:
         imitate(
             student,
             teacher or model,
