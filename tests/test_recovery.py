@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,30 @@ def test_same_seed_same_weights() -> None:
     small = half(teacher)
     one, two = (pp.recover(small, teacher=teacher, data=tiny_batches(), steps=5, progress=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("recover", [pp.recover, None], ids=["recover", "elastic"])
+def test_mixed_precision_trains_as_well(recover: Any) -> None:
+    """Not the same weights, which are float32 all the same, but the same quality."""
+    teacher, data = tiny_bert(), tiny_batches(count=40)
+    pairs = pp.find_pairs(teacher)
+    rng = np.random.default_rng(0)
+    path = pp.SolutionPath.from_scores(pairs, {pair.name: rng.random(pair.shape) for pair in pairs})
+    path = pp.compensate(teacher, path, data, progress=False)
+    small = pp.slice_model(teacher, path.select(Budget(keep=0.5)))
+    trained = []
+    for bf16 in (False, True):
+        settings = {"data": data, "steps": 60, "lr": 3e-3, "bf16": bf16, "progress": False}
+        if recover:
+            trained.append(recover(small, teacher=teacher, **settings))
+        else:
+            shared, sizes = pp.elastic(teacher, path, **settings)
+            trained.append(pp.slice_model(shared, sizes.select(Budget(keep=0.5))))
+    assert {p.dtype for p in trained[1].parameters()} == {torch.float32}
+    assert not all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in trained), strict=True))
+    before, exact, rough = (1 - fidelity(model, teacher, tiny_batches(seed=1)) for model in (small, *trained))
+    assert max(exact, rough) < 0.9 * before
+    assert rough < 1.2 * exact
 
 
 def test_bad_input_is_refused() -> None:

@@ -87,6 +87,14 @@ def test_same_seed_same_path_and_other_seed_other_path() -> None:
     assert any((first.ranking[name] != third.ranking[name]).any() for name in first.ranking)
 
 
+def test_mixed_precision_finds_nearly_the_same_path() -> None:
+    exact, rough = run(tiny_bert()), run(tiny_bert(), bf16=True)
+    assert (exact.trajectory.loss != rough.trajectory.loss).all()
+    a, b = (path.select(Budget(keep=0.5)).keep for path in (exact, rough))
+    same = np.concatenate([(a[name] == b[name]).ravel() for name in a])
+    assert same.mean() > 0.8
+
+
 def test_model_is_as_it_was(tmp_path: Path) -> None:
     model = tiny_bert().train()
     model.pooler.requires_grad_(False)

@@ -52,6 +52,7 @@ LengthOpt = Annotated[
 ]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is a GPU where there is one.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
+Bf16Opt = Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16: faster where the hardware can.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -123,6 +124,7 @@ def search(
     max_length: LengthOpt = 48,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
+    bf16: Bf16Opt = False,
     device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
     as_json: JsonOpt = False,
@@ -143,6 +145,7 @@ def search(
             seed=seed,
             unit=unit.value,
             multiple=multiple,
+            bf16=bf16,
         )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What is done is in {out}; the same command with --resume goes on from there.", err=True)
@@ -195,6 +198,7 @@ def recover(
     max_length: LengthOpt = 48,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
+    bf16: Bf16Opt = False,
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -205,7 +209,7 @@ def recover(
 
     dense, small = _load(teacher, device), _load(model, device)
     batches = _batches(dense, teacher, data, field, batch_size, max_length)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective}
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective, "bf16": bf16}
     first = list(islice(batches, 8))
     before = fidelity(small, dense, first, objective)
     recovered = run(small, teacher=dense, data=batches, **settings)
@@ -232,6 +236,7 @@ def elastic(
     max_length: LengthOpt = 48,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
+    bf16: Bf16Opt = False,
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -243,6 +248,7 @@ def elastic(
     dense = _load(model, device)
     batches = _batches(dense, model, data, field, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective, "seed": seed}
+    settings["bf16"] = bf16
     trained, path = train(dense, SolutionPath.load(run), data=batches, **settings)
     save_model(trained, out, source=model)
     path.save(out)

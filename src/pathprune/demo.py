@@ -27,7 +27,7 @@ from pathprune.data import Batch, tokenized
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
 from pathprune.hub import save_model
-from pathprune.modes import evaluating
+from pathprune.modes import evaluating, fast_bf16
 from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
@@ -176,7 +176,10 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
 
     say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
-    path = search(dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, out=out / "path")
+    bf16 = fast_bf16(dense.device)
+    path = search(
+        dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, bf16=bf16, out=out / "path"
+    )
     seconds["search"] = time.perf_counter() - began
 
     say("2/4 measure the dense model, and slice three sizes")
@@ -197,7 +200,7 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
 
     say(f"3/4 recover each: {recover_steps} distillation steps")
     began = time.perf_counter()
-    settings: dict[str, Any] = {"steps": recover_steps, "seed": seed}
+    settings: dict[str, Any] = {"steps": recover_steps, "seed": seed, "bf16": bf16}
     teacher = Targets(dense, HiddenObjective())  # every size sees the same batches: the dense model runs once
     for entry, small in zip(members[1:], sliced, strict=True):
         save_model(recover(small, teacher=teacher, data=data, **settings), out / entry["folder"], source=source)

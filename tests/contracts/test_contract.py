@@ -36,7 +36,9 @@ from building import (
     without_cache,
 )
 from pathprune.budget import Budget, Selection
-from pathprune.masks import masked
+from pathprune.compensation import compensators
+from pathprune.masks import attach_masks, masked
+from pathprune.modes import mixed
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import Pair, Slot
 from pathprune.partial import load_slice
@@ -136,6 +138,23 @@ def test_sliced_is_masked(subject: Subject) -> None:
         expected = assert_masked(subject.model, small, selection, subject.inputs, subject.row, name)
         assert gap(expected, dense) > VISIBLE, name
         assert sum(parameter.numel() for parameter in small.parameters()) == selection.params, name
+
+
+def test_masks_work_in_mixed_precision(subject: Subject) -> None:
+    """As a search or a recovery with ``bf16`` runs it."""
+    model = copy.deepcopy(subject.model).float()
+    inputs = {name: part.float() if part.is_floating_point() else part for name, part in subject.inputs.items()}
+    selection = selection_of(subject.pairs, "uneven", constants=True)
+    with masked(subject.model, selection):
+        exact = run(subject.model, subject.inputs)
+    masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in subject.pairs}
+    fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
+    cpu = torch.device("cpu")
+    told = compensators(selection.centre, selection.covariance, cpu)
+    with attach_masks(model, subject.pairs, masks, fill, selection.basis, told), mixed(cpu, True):
+        rough = {name: tensor.double() for name, tensor in run(model, inputs).items()}
+    print(f"{subject.row.name}: {gap(rough, exact):.3f}")
+    assert gap(rough, exact) < 0.1
 
 
 def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tmp_path: Path) -> None:

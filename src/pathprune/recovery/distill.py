@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pathprune.data import Batches, check_finite
 from pathprune.errors import DataError
+from pathprune.modes import mixed
 from pathprune.objectives import Objective, Targets, get_objective
 
 
@@ -23,6 +24,7 @@ def distill(
     lr: float = 3e-4,
     objective: str | Objective = "auto",
     seed: int = 0,
+    bf16: bool = False,
 ) -> None:
     """Train in place with AdamW on a one-cycle schedule.
 
@@ -34,11 +36,12 @@ def distill(
         lr: peak learning rate.
         objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
             hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
+        bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
 
     Raises:
         DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
     """
-    imitate(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed)
+    imitate(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed, bf16=bf16)
 
 
 def imitate(
@@ -51,6 +54,7 @@ def imitate(
     lr: float,
     objective: str | Objective,
     seed: int,
+    bf16: bool,
     beside: Sequence[Tensor] = (),
     beside_lr: float = 0.0,
     before: Callable[[int], object] | None = None,
@@ -83,10 +87,11 @@ def imitate(
         with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
             for step in bar:
                 batch = next(stream)
-                target = teacher(batch)
                 if before is not None:
                     before(step)
-                loss = teacher.objective.loss(student(**batch), batch, target)
+                with mixed(batches.device, bf16):
+                    target, outputs = teacher(batch), student(**batch)
+                loss = teacher.objective.loss(outputs, batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

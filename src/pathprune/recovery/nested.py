@@ -41,6 +41,7 @@ def elastic(
     objective: str | Objective = "auto",
     lowest: float = 0.2,
     seed: int = 0,
+    bf16: bool = False,
     teacher: Targets | None = None,
     progress: bool | None = None,
 ) -> tuple[nn.Module, SolutionPath]:
@@ -58,6 +59,7 @@ def elastic(
         objective: what is imitated, as in ``recover``.
         lowest: smallest share of the prunable parameters that is trained; sizes are drawn from there to 1.
         seed: of everything random.
+        bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
         teacher: the dense model's remembered outputs, where they are needed again; its objective counts.
         progress: show a bar; by default only on a terminal.
 
@@ -83,6 +85,7 @@ def elastic(
             lr=lr,
             objective=objective,
             seed=seed,
+            bf16=bf16,
             beside=[*sizes.slope.values(), *sizes.shift.values()],
             beside_lr=BESIDE_LR,
             before=sizes.visit,
