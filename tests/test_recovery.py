@@ -101,6 +101,30 @@ def test_mixed_precision_trains_as_well(recover: Any) -> None:
     assert rough < 1.2 * exact
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_lora_changes_every_map_by_a_low_rank_and_helps(kind: str) -> None:
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    config = GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)
+    teacher = tiny_bert() if kind == "bert" else GPT2LMHeadModel(config).eval()
+    small, data = half(teacher), tiny_batches(count=40)
+    recovered = pp.recover(small, teacher=teacher, data=data, steps=60, lr=1e-2, lora_rank=3, progress=False)
+    tables = {id(m.weight) for m in recovered.modules() if isinstance(m, torch.nn.Embedding)}
+    assert recovered.state_dict().keys() == small.state_dict().keys()
+    start = dict(small.named_parameters())
+    for name, now in recovered.named_parameters():
+        assert now.requires_grad, name
+        assert now.grad is None, name
+        if id(now) in tables or not now.numel() or name.startswith("pooler"):
+            continue  # nothing reads the pooler
+        rank = torch.linalg.matrix_rank((now - start[name]).detach().double(), rtol=1e-4) if now.dim() == 2 else 1
+        assert 0 < rank <= 3, name
+    before, after = (1 - fidelity(model, teacher, tiny_batches(seed=1)) for model in (small, recovered))
+    assert after < 0.9 * before
+    with pytest.raises(pp.DataError, match="lora_rank=0 must be positive"):
+        pp.recover(small, teacher=teacher, data=data, lora_rank=0)
+
+
 def test_bad_input_is_refused() -> None:
     teacher = tiny_bert()
     small = half(teacher)

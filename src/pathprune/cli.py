@@ -193,6 +193,9 @@ def recover(
     out: Annotated[Path, typer.Option(help="Folder for the recovered model.")],
     steps: Annotated[int, typer.Option(help="Distillation steps.")] = 300,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train updates of this rank (LoRA), not the weights themselves.")
+    ] = None,
     objective: ObjectiveOpt = "auto",
     batch_size: BatchOpt = 16,
     max_length: LengthOpt = 48,
@@ -210,6 +213,7 @@ def recover(
     dense, small = _load(teacher, device), _load(model, device)
     batches = _batches(dense, teacher, data, field, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective, "bf16": bf16}
+    settings["lora_rank"] = lora_rank
     first = list(islice(batches, 8))
     before = fidelity(small, dense, first, objective)
     recovered = run(small, teacher=dense, data=batches, **settings)

@@ -28,6 +28,7 @@ def recover(
     objective: str | Objective = "auto",
     seed: int = 0,
     bf16: bool = False,
+    lora_rank: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """A copy of ``small``, of the same shape, trained to imitate ``teacher``; both are untouched.
@@ -36,7 +37,7 @@ def recover(
         small: sliced from ``teacher``.
         teacher: the dense model; or its remembered outputs, where several sizes are distilled on the same data.
         data: re-iterable of model-input dicts.
-        steps, lr, objective, seed, bf16: see ``pathprune.recovery.distill.distill``.
+        steps, lr, objective, seed, bf16, lora_rank: see ``pathprune.recovery.distill.distill``.
         progress: show a bar; by default only on a terminal.
 
     Raises:
@@ -49,7 +50,18 @@ def recover(
     student = copy.deepcopy(small)
     hidden = None if progress is None else not progress
     with evaluating(dense), evaluating(student):
-        distill(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed, bf16=bf16)
+        distill(
+            student,
+            teacher,
+            batches,
+            hidden=hidden,
+            steps=steps,
+            lr=lr,
+            objective=objective,
+            seed=seed,
+            bf16=bf16,
+            lora_rank=lora_rank,
+        )
     return student
 
 

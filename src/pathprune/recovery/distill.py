@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from pathprune.data import Batches, check_finite
 from pathprune.errors import DataError
@@ -25,11 +29,14 @@ def distill(
     objective: str | Objective = "auto",
     seed: int = 0,
     bf16: bool = False,
+    lora_rank: int | None = None,
 ) -> None:
     """Train in place with AdamW on a one-cycle schedule.
 
     All weights but the embedding tables are trained: slicing did not touch those, and their
-    optimizer state would cost more than the rest of the model's.
+    optimizer state would cost more than the rest of the model's. With ``lora_rank``, of every linear map only an
+    update of that rank is (LoRA: Hu et al., ICLR 2022), and biases and norms as always; it is added to the weights in
+    the end.
 
     Args:
         steps: batches to train on.
@@ -37,11 +44,58 @@ def distill(
         objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
             hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
         bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
+        lora_rank: rank of the updates; ``None`` trains the weights themselves. A low rank wants about three times the
+            learning rate.
 
     Raises:
-        DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
+        DataError: ``steps``, ``lr`` or ``lora_rank`` is not positive, or the loss is not finite.
     """
-    imitate(student, teacher, batches, hidden=hidden, steps=steps, lr=lr, objective=objective, seed=seed, bf16=bf16)
+    with nullcontext() if lora_rank is None else _low_rank(student, lora_rank, seed) as trained:
+        imitate(
+            student,
+            teacher,
+            batches,
+            hidden=hidden,
+            steps=steps,
+            lr=lr,
+            objective=objective,
+            seed=seed,
+            bf16=bf16,
+            trained=trained,
+        )
+
+
+class _LowRank(nn.Module):
+    """Adds an update, zero at first, to a weight (rows, columns)."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.up = nn.Parameter(weight.new_zeros(rows, rank, dtype=torch.float32))
+        self.down = nn.Parameter(torch.randn(rank, columns).to(self.up) / math.sqrt(max(columns, 1)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).to(weight.dtype)
+
+
+@contextmanager
+def _low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Give every linear map an update to train, which is part of its weight in the end; yields what to train."""
+    if rank < 1:
+        raise DataError(f"lora_rank={rank} must be positive")
+    torch.manual_seed(seed)
+    tables = _tables(student)
+    maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) not in tables]
+    trained = [p for p in student.parameters() if p.dim() < 2 and p.numel()]
+    for module in maps:
+        update = _LowRank(module.weight, rank)
+        register_parametrization(module, "weight", update)
+        trained += update.parameters()
+    try:
+        yield trained
+    finally:
+        for module in maps:
+            remove_parametrizations(module, "weight")
 
 
 def imitate(
@@ -55,6 +109,7 @@ def imitate(
     objective: str | Objective,
     seed: int,
     bf16: bool,
+    trained: Sequence[nn.Parameter] | None = None,
     beside: Sequence[Tensor] = (),
     beside_lr: float = 0.0,
     before: Callable[[int], object] | None = None,
@@ -62,6 +117,7 @@ def imitate(
     """``distill``, with what ``elastic`` needs more.
 
     Args:
+        trained: parameters to train; by default all but the embedding tables.
         beside: tensors to train beside the weights, without weight decay, at ``beside_lr``.
         before: is called with the number of each step before the student runs.
     """
@@ -70,8 +126,9 @@ def imitate(
     if isinstance(teacher, nn.Module):
         teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
     torch.manual_seed(seed)
-    tables = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
+    if trained is None:
+        tables = _tables(student)
+        trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
         for parameter in student.parameters():
@@ -103,3 +160,8 @@ def imitate(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def _tables(student: nn.Module) -> set[int]:
+    """Identities of the embedding tables."""
+    return {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
