@@ -168,7 +168,8 @@ def moments(pair: Pair, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """A mean and a covariance of what the pair's consumer reads."""
     inner = pair.groups * pair.consumer.repeat * pair.width
     tokens = rng.normal(size=(inner + 3, inner)) @ rng.normal(size=(inner, inner)) / np.sqrt(inner)
-    return rng.normal(size=inner).astype(np.float32), np.cov(tokens.T).astype(np.float32).reshape(inner, inner)
+    covariance = np.cov(tokens.T).reshape(inner, inner) + 0.1 * np.eye(inner)
+    return rng.normal(size=inner).astype(np.float32), covariance.astype(np.float32)
 
 
 def _rectangles(pairs: PairList, case: str, rng: np.random.Generator) -> Masks:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, BertModel, MixtralConfig, MixtralForCausalLM
 
@@ -197,9 +198,12 @@ def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, tmp_path
     assert_same_model(type(loaded).from_pretrained(tmp_path / "again", dtype="auto"), loaded, subject.inputs)
 
 
-def test_a_size_reads_its_own_bytes(subjects: dict[str, Subject], counted: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_size_reads_its_own_bytes(
+    subjects: dict[str, Subject], counted: dict[str, int], tmp_path: Path, compensated: bool
+) -> None:
     subject = subjects["bert"]
-    model, path = saved(subject, tmp_path, compensated=False)
+    model, path = saved(subject, tmp_path, compensated=compensated)
     for keep in SIZES:
         counted.clear()
         selection = path.select(pp.Budget(keep=keep))
@@ -212,6 +216,14 @@ def test_a_size_reads_its_own_bytes(subjects: dict[str, Subject], counted: dict[
         assert whole == path.pairs.prunable_params * 8 + consumers
         assert asked <= selection.pair_params * 8 + consumers + sample
         assert asked >= selection.pair_params * 8
+        for pair in path.pairs if compensated else []:
+            if pair.name not in path.covariance:
+                continue
+            kept, inner = int(selection.keep[pair.name].sum()), pair.groups * pair.width
+            whole = selection.keep[pair.name].all()
+            columns = kept if pair.kind == "mlp" else inner  # neurons are a prefix, heads' dimensions are several
+            assert counted.get(f"covariance/{pair.name}", 0) <= (0 if whole else kept * columns * 4)
+            assert counted.get(f"normal/{pair.name}", 0) == (0 if whole else kept * pair.consumer.size * 8)
     for name, tensor in model.state_dict().items():
         if name in counted and name.rpartition(".")[0] not in weights:
             assert counted[name] <= tensor.numel() * 8 + 17 * 8, "the rest is read once"
@@ -278,6 +290,35 @@ def test_a_path_that_is_not_sorted_is_refused(subjects: dict[str, Subject], tmp_
     path_of(subject).save(tmp_path)
     with pytest.raises(pp.MismatchError, match=r"sort its model once with pathprune\.sort_units"):
         pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+
+
+@pytest.mark.parametrize("part", ["covariance", "normal", "centre"])
+@pytest.mark.parametrize("wrong", ["shape", "nan", "gone"])
+def test_a_path_with_broken_moments_is_refused(
+    subjects: dict[str, Subject], tmp_path: Path, part: str, wrong: str
+) -> None:
+    saved(subjects["bert"], tmp_path)
+    tensors = load_file(next(tmp_path.glob("path-*.safetensors")))
+    for name in [name for name in tensors if name.startswith(part)]:
+        if wrong == "gone":
+            tensors.pop(name)
+        else:
+            tensors[name] = tensors[name][1:] if wrong == "shape" else tensors[name] * float("nan")
+    save_file(tensors, next(tmp_path.glob("path-*.safetensors")))
+    message = {"shape": f"{part}.* has shape", "nan": "are not finite", "gone": "covariance/|sort its model once"}
+    with pytest.raises((pp.ArtifactError, pp.MismatchError), match=message[wrong]):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+    with pytest.raises(pp.ArtifactError, match="SHA-256"):
+        SolutionPath.load(tmp_path)
+    (next(tmp_path.glob("path-*.safetensors"))).write_bytes(b"\x08")
+    with pytest.raises(pp.ArtifactError, match="is not a readable path"):
+        pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+
+
+def test_a_sorted_path_keeps_its_moments(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    _, path = saved(subjects["bert"], tmp_path)
+    with pytest.raises(pp.MismatchError, match="leave them out, and sort it again"):
+        replace(path, centre={}, covariance={})
 
 
 def test_other_weights_than_the_path_s_are_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,22 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
     Raises:
         ArtifactError: missing, truncated, altered, or of another format version.
     """
+    with reading(folder, name):
+        meta, file = describe_artifact(folder, name, version)
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != meta["tensors"]["sha256"]:
+            raise ValueError(f"{file.name} does not have the recorded SHA-256; it is truncated or was altered")
+        return meta, safetensors.numpy.load(data)
+
+
+def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Any], Path]:
+    """Read what ``write_artifact`` wrote, but for the tensors: (description, their file).
+
+    Raises:
+        ArtifactError: missing, malformed, or of another format version.
+    """
     path = Path(folder) / f"{name}.json"
-    try:
+    with reading(folder, name):
         meta = json.loads(path.read_bytes())
         if not isinstance(meta, dict):
             raise ValueError("not a JSON object")
@@ -89,11 +103,15 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
         file = str(meta["tensors"]["file"])
         if Path(file).name != file:
             raise ValueError(f"tensor file {file!r} lies outside the folder")
-        data = (path.parent / file).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != meta["tensors"]["sha256"]:
-            raise ValueError(f"{file} does not have the recorded SHA-256; it is truncated or was altered")
-        return meta, safetensors.numpy.load(data)
+        return meta, path.parent / file
+
+
+@contextmanager
+def reading(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
+    """Whatever goes wrong while an artifact is read is an ``ArtifactError``."""
+    path = Path(folder) / f"{name}.json"
+    try:
+        yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{error.filename} does not exist; {folder} holds no complete {name}") from error
     except OSError as error:

@@ -192,7 +192,10 @@ def recover(
     data: DataOpt,
     out: Annotated[Path, typer.Option(help="Folder for the recovered model.")],
     steps: Annotated[int, typer.Option(help="Distillation steps.")] = 300,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; by default it goes by how much of the model is gone."),
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train updates of this rank (LoRA), not the weights themselves.")
     ] = None,

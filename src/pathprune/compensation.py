@@ -3,17 +3,18 @@
 The map that reads a pair's inner axis (output projection, down) computes x W. Where the units K stay and R leave, it
 is given, in place of x_R,
 
-    c_R + m (x_K - mu_K) B,    B = (C_KK + ridge I)^-1 C_KR
+    c_R + m (x_K - mu_K) B,    B = C_KK^-1 C_KR
 
-with mu and C the mean and covariance of x in the dense model, c the fill (``Compensator.constant``) and m the scale of
-the units that stay. Both are linear in what stays, so that slicing folds them into the small map's weight and bias:
+with mu and C the mean and covariance of x in the dense model (C with a ridge on its diagonal), c the fill
+(``constant``) and m the scale of the units that stay. Both are linear in what stays, so that slicing folds
+them into the small map's weight and bias:
 
-    W'_K = m (W_K + B W_R),    b' = b + c_R W_R + mu_K (W_K - W'_K)
+    W'_K = m (W_K + B W_R) = m C_KK^-1 (C W)_K,    b' = b + c_R W_R + mu_K (W_K - W'_K)
 
-C is all that this needs, whatever K: gathered once, it serves every size. These are the least squares of Optimal Brain
-Surgeon (Hassibi and Stork, NeurIPS 1992) and many after it; what is ours is that the search visits every size with them
-in place, so that units are ranked by what the others cannot make up for, and c and m make up for what is left: the
-errors of the layers below, of which C knows nothing.
+C is all that this needs, whatever K: gathered once, it serves every size. With C W beside it, its rows and columns K
+serve the size K. These are the least squares of Optimal Brain Surgeon (Hassibi and Stork, NeurIPS 1992) and many after
+it; what is ours is that the search visits every size with them in place, so that units are ranked by what the others
+cannot make up for, and c and m make up for what is left: the errors of the layers below, of which C knows nothing.
 
 Tokens are weighted by the inverse squared norm of the consumer's output, so that a fit is to relative errors: a few
 tokens with massive activations (Sun et al., COLM 2024) would own it otherwise.
@@ -93,7 +94,7 @@ def gather(
     progress: bool | None,
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Pair name -> (N,) mean and (N, N) covariance of what the consumer reads of the pair, N = G R D by group, head and
-    dimension, in the bases (G, D, D); of the pairs that take a fill.
+    dimension, in the bases (G, D, D); of the pairs that take a fill. The covariance has the ridge on its diagonal.
     """
     real: list[Tensor | None] = [None]
     hooks = {pair.name: _Hook(pair, basis.get(pair.name), real) for pair in pairs if pair.fillable}
@@ -115,6 +116,7 @@ def gather(
         if not torch.isfinite(hook.moment).all():
             raise DataError(f"what {name} computes is not finite; check the data, or load the model in float32")
         mean, spread = hook.central()
+        spread.diagonal().add_(RIDGE * spread.diagonal().mean())
         centre[name], covariance[name] = mean.cpu().float().numpy(), spread.cpu().float().numpy()
     return centre, covariance
 
@@ -164,7 +166,6 @@ class Compensator:
 
     def __init__(self, centre: Tensor, covariance: Tensor) -> None:
         self.centre, self.covariance = centre, covariance
-        self.ridge = RIDGE * covariance.diagonal().mean()
         self.latest: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
@@ -176,20 +177,10 @@ class Compensator:
                 bring back: what it is, less what the others tell of it.
             fill: (G, D).
         """
-        mask, fill = self.by_place(mask), self.constant(fill)
+        mask, fill = by_place(mask, len(self.centre)), constant(fill, self.centre)
         left, gone, fitted = self.fit(mask.detach() != 0)
         told: Tensor = _Told.apply(x, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
         return told
-
-    def by_place(self, by_dim: Tensor) -> Tensor:
-        """From (G, D) to (N,)."""
-        repeat = len(self.centre) // by_dim.numel()
-        return by_dim.unsqueeze(1).expand(-1, repeat, -1).flatten()
-
-    def constant(self, fill: Tensor) -> Tensor:
-        """(N,), c: a fill (G, D), which heads of one group share, as far apart for each head as their means are."""
-        centre = self.centre.to(fill).unflatten(0, (len(fill), -1, fill.shape[1]))  # (G, R, D)
-        return self.by_place(fill) + (centre - centre.mean(1, keepdim=True)).flatten()
 
     def fit(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(K,) and (R,), what stays and what leaves, and (K, R), B; that of the latest ``keep`` (N,) is remembered.
@@ -200,17 +191,48 @@ class Compensator:
         if self.latest is None or not torch.equal(self.latest[0], keep):
             left, gone = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
             rows = self.covariance.index_select(0, left)
-            matrix = rows.index_select(1, left)
-            matrix.diagonal().add_(self.ridge)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if failed:
-                raise MismatchError(
-                    "a covariance of the path is not positive definite; gather it anew with "
-                    "pathprune.compensate(model, path, data)"
-                )
-            fitted = torch.cholesky_solve(rows.index_select(1, gone), factor)
+            fitted = solve(rows.index_select(1, left), rows.index_select(1, gone))
             self.latest = keep, (left, gone, fitted)
         return self.latest[1]
+
+
+def solve(covariance: Tensor, right: Tensor) -> Tensor:
+    """(K, d), the covariance's inverse (K, K) times ``right`` (K, d).
+
+    Raises:
+        MismatchError: the covariance is none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        raise MismatchError(
+            "a covariance of the path is not positive definite; gather it anew with "
+            "pathprune.compensate(model, path, data)"
+        )
+    return torch.cholesky_solve(right, factor)
+
+
+def folded(
+    covariance: Tensor, normal: Tensor, rows: Tensor, scale: Tensor, centre: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a consumer has for the K units that stay: (K, d), W'_K, and (d,), b' - b - c W.
+
+    Args:
+        covariance, normal, rows: (K, K), (K, d) and (K, d), the part of C, of C W and of W.
+        scale, centre, constant: (K,), the part of m, of mu and of c.
+    """
+    ours = scale.unsqueeze(1) * solve(covariance, normal)
+    return ours, centre @ (rows - ours) - constant @ rows
+
+
+def by_place(by_dim: Tensor, inner: int) -> Tensor:
+    """From (G, D) to (N,), the places in what the consumer reads."""
+    return by_dim.unsqueeze(1).expand(-1, inner // by_dim.numel(), -1).flatten()
+
+
+def constant(fill: Tensor, centre: Tensor) -> Tensor:
+    """(N,), c: a fill (G, D), which heads of one group share, as far apart for each head as their means (N,) are."""
+    means = centre.to(fill).unflatten(0, (len(fill), -1, fill.shape[1]))  # (G, R, D)
+    return by_place(fill, len(centre)) + (means - means.mean(1, keepdim=True)).flatten()
 
 
 def compensators(

@@ -23,13 +23,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pathprune.artifact import describe_artifact, reading
 from pathprune.budget import Budget, Selection
+from pathprune.compensation import folded
 from pathprune.discovery import check_base
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.hub import PathpruneConfig
 from pathprune.pairs import Ints, Pair, Slot
-from pathprune.path import SolutionPath
-from pathprune.slicing import Axis, axis_first, linear_map, plan, scaled_stack, sliced_map, stacks, through
+from pathprune.path import FORMAT, Floats, SolutionPath, check_array
+from pathprune.slicing import Axis, by_places, linear_map, plain, plan, scaled_stack, sliced_map, stacks, through
 
 
 def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: Any = None, **options: Any) -> nn.Module:
@@ -47,8 +49,14 @@ def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: A
             ``slice_model``), or has rotations, which need weights of units that are left out.
         BudgetError: see ``SolutionPath.select``.
     """
-    path = SolutionPath.load(folder)
-    if path.basis or set(path.fill) != set(path.fill_sum):
+    with _opened_path(folder) as (path, told):
+        return _load(Path(folder), path, told, budget, model_class, options)
+
+
+def _load(
+    folder: Path, path: SolutionPath, told: _Told, budget: Budget, model_class: Any, options: dict[str, Any]
+) -> nn.Module:
+    if path.basis or set(path.fill) != set(path.fill_sum) or set(told.centre) != told.normal:
         raise MismatchError(
             f"the path in {folder} needs all weights of a head or a map to make a small one; sort its model once with "
             "pathprune.sort_units(model, path), or train it with pathprune.elastic, and save the model and path that "
@@ -66,13 +74,13 @@ def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: A
         kind = dense if model_class is None else _empty(model_class, config)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot build a {architecture} from {folder}: {error}") from error
-    with _opened(Path(folder)) as weights:
+    with _opened(folder) as weights:
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)
-        state, record = _sliced_state(dense, path, selection, weights)
+        state, record = _sliced_state(dense, path, selection, weights, told)
     config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
     small = type(kind).from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **options})
-    if small.can_generate() and (Path(folder) / "generation_config.json").exists():
+    if small.can_generate() and (folder / "generation_config.json").exists():
         small.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return small
 
@@ -84,7 +92,7 @@ def _empty(kind: Any, config: Any) -> Any:
 
 
 def _sliced_state(
-    dense: nn.Module, path: SolutionPath, selection: Selection, weights: _Weights
+    dense: nn.Module, path: SolutionPath, selection: Selection, weights: _Weights, told: _Told
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is left of every tensor of the checkpoint, and the record of its shapes."""
     axes, record = plan(dense, selection)
@@ -94,7 +102,7 @@ def _sliced_state(
             parts.setdefault(slot.module, []).append((pair, slot))
     state: dict[str, Tensor] = {}
     for name, axis in axes.items():
-        weight, bias = _map(linear_map(dense, name), name, axis, parts[name], path, selection, weights)
+        weight, bias = _map(linear_map(dense, name), name, axis, parts[name], path, selection, weights, told)
         state[f"{name}.weight"] = weight
         if bias is not None:
             state[f"{name}.bias"] = bias
@@ -115,27 +123,64 @@ def _map(
     path: SolutionPath,
     selection: Selection,
     weights: _Weights,
+    told: _Told,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of one sliced map: sliced as always, from one whose other weights are zero."""
     kept, inner = axis.places()[0], int((axis.side == "in") != isinstance(module, Conv1D))
     partly = copy.deepcopy(module)
-    told = any(slot == pair.consumer and pair.name in path.covariance for pair, slot in parts)
-    read = np.arange(axis.dense) if told else kept  # what leaves is in the weights of what stays
-    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", read, inner, module.weight.shape))
+    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", kept, inner, module.weight.shape))
     if module.bias is not None:
         out = axis.side == "out"
         whole = weights.kept(f"{name}.bias", kept, 0, module.bias.shape) if out else weights.whole(f"{name}.bias")
         partly.bias = nn.Parameter(whole)
-    weight, bias = sliced_map(partly, axis, parts, selection)
-    for pair, slot in parts:
-        thinned = not selection.keep[pair.name].all()
-        if slot == pair.consumer and pair.name in path.fill and thinned and not told:
-            # Units that are left out were zero, and so was their fill's share.
-            there = axis_first(partly.weight.detach(), module, axis.side)
-            seen = through(path.fill[pair.name], there, slot.index(pair.groups, pair.width))
-            bias = (0 if bias is None else bias) + torch.from_numpy(path.fill_sum[pair.name]) - seen
+
+    def fold(
+        weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
+    ) -> tuple[Tensor, Tensor | None]:
+        if pair.name not in path.fill:
+            return plain(weight, bias, pair, slot, selection)
+        total = torch.from_numpy(path.fill_sum[pair.name])
+        if pair.name in told.centre:
+            weight, added = told.fold(weight, pair, slot, selection)
+            return weight, added + total if bias is None else bias.double() + added + total
+        # Units that are left out are zero here, and so is their fill's share.
+        total = total - through(path.fill[pair.name], weight, slot.index(pair.groups, pair.width))
+        weight, bias = plain(weight, bias, pair, slot, selection)
+        return weight, total if bias is None else bias + total
+
+    weight, bias = sliced_map(partly, axis, parts, selection, fold)
     dtype = partly.weight.dtype
     return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+class _Told:
+    """What compensation needs of a sorted path (``pathprune.compensation``), read by parts.
+
+    Args:
+        folder: of the path.
+        centre: pair name -> (N,).
+        tensors: the covariances and normal equations.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], centre: dict[str, Floats], tensors: _Weights) -> None:
+        self.folder, self.centre, self.tensors = folder, centre, tensors
+        self.normal = {name.partition("/")[2] for name in tensors.files if name.startswith("normal/")}
+
+    def fold(self, weight: Tensor, pair: Pair, slot: Slot, selection: Selection) -> tuple[Tensor, Tensor]:
+        """As ``pathprune.slicing.compensate``; (d,) is without the constants of all units."""
+        centre = torch.from_numpy(self.centre[pair.name]).double()
+        left, scale, constants = by_places(pair, selection, centre)
+        kept, inner, columns = left.numpy(), len(centre), int(left.max()) + 1 if len(left) else 0
+        with reading(self.folder, "path"):
+            covariance = self.tensors.rows(f"covariance/{pair.name}", kept, (inner, inner), columns)
+            normal = self.tensors.rows(f"normal/{pair.name}", kept, (inner, slot.size), slot.size)
+            if not (torch.isfinite(covariance).all() and torch.isfinite(normal).all()):
+                raise ValueError(f"the covariance or the normal equations of {pair.name} are not finite")
+        places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())[left]
+        ours, added = folded(
+            covariance.double()[:, left], normal, weight[places].double(), scale[left], centre[left], constants[left]
+        )
+        return weight.double().index_copy(0, places, ours), added
 
 
 class _Weights:
@@ -181,6 +226,17 @@ class _Weights:
             values.append(part[tuple(slice(int(i), int(i) + 1) for i in at)].flatten())
         return torch.cat(values) if values else torch.empty(0)
 
+    def rows(self, name: str, places: Ints, shape: tuple[int, int], columns: int) -> Tensor:
+        """The first columns of some rows of a matrix.
+
+        Raises:
+            ValueError: it has not that shape.
+        """
+        found = tuple(self.files[name].get_slice(name).get_shape())
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, not {shape}")
+        return self._runs(name, (), places, 0, (slice(0, columns),))
+
     def kept(self, name: str, places: Ints, dim: int, shape: torch.Size) -> Tensor:
         """A tensor of which only some rows (``dim`` 0) or columns (1) are read, run by run; the others are zero."""
         read = self._runs(name, (slice(None),) * dim, places, dim)
@@ -194,11 +250,32 @@ class _Weights:
         ]
         return torch.cat(each)
 
-    def _runs(self, name: str, ahead: tuple[slice, ...], places: Ints, dim: int) -> Tensor:
+    def _runs(
+        self, name: str, ahead: tuple[slice, ...], places: Ints, dim: int, behind: tuple[slice, ...] = ()
+    ) -> Tensor:
         part = self.files[name].get_slice(name)
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
         edges = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [(0, 0)]
-        return torch.cat([part[(*ahead, slice(*edge))] for edge in edges], dim)
+        return torch.cat([part[(*ahead, slice(*edge), *behind)] for edge in edges], dim)
+
+
+@contextmanager
+def _opened_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _Told]]:
+    """The path without its moments, and those to be read by parts."""
+    meta, file = describe_artifact(folder, "path", FORMAT)
+    with ExitStack() as stack:
+        with reading(folder, "path"):
+            tensors = stack.enter_context(safe_open(file, framework="pt"))
+            names = set(tensors.keys())
+            large = {name for name in names if name.partition("/")[0] in ("covariance", "normal")}
+            small = {name: tensors.get_tensor(name).numpy() for name in names - large}
+            centre = {name.removeprefix("centre/"): small.pop(name) for name in names if name.startswith("centre/")}
+            path = SolutionPath.from_artifact(folder, meta, small)
+            for pair in path.pairs:
+                if pair.name in centre:
+                    inner = pair.groups * pair.consumer.repeat * pair.width
+                    check_array(f"centre of {pair.name}", centre[pair.name], (inner,))
+        yield path, _Told(folder, centre, _Weights(dict.fromkeys(large, tensors)))
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from pathprune.order import UNITS, Order, Unit, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
-# Arrays by pair, and their precision. What a fill adds up to is to be taken from the same sum over few units.
+# Arrays by pair, and their precision. The last two are of sorted paths, and let a size do without the weights of the
+# units that it lacks, to the last place.
 ARRAYS = {
     "ranking": "f4",
     "fill": "f4",
@@ -29,6 +30,7 @@ ARRAYS = {
     "centre": "f4",
     "covariance": "f4",
     "fill_sum": "f8",
+    "normal": "f8",
 }
 
 Floats = npt.NDArray[np.floating]
@@ -65,6 +67,7 @@ class SolutionPath:
             scale is 1 + (1 - r) slope.
         fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
             (``pathprune.sorting``), so that a size can be loaded without the weights of the units that it lacks.
+        normal: pair name -> (N, d), the covariance times the consumer's weight, for the same; where there is one.
         centre, covariance: pair name -> (N,) and (N, N), see ``Selection``. They are most of the path's bytes,
             about as many as the model's; without them (``centre={}, covariance={}``), every size is worse.
         trajectory: what the search did.
@@ -83,6 +86,7 @@ class SolutionPath:
     centre: dict[str, Floats] = field(default_factory=dict)
     covariance: dict[str, Floats] = field(default_factory=dict)
     fill_sum: dict[str, Floats] = field(default_factory=dict)
+    normal: dict[str, Floats] = field(default_factory=dict)
     trajectory: Trajectory = field(default_factory=Trajectory)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -116,20 +120,28 @@ class SolutionPath:
             raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
         if not set(self.centre) == set(self.covariance) <= set(self.fill):
             raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
+        if not set(self.normal) <= set(self.covariance):
+            raise MismatchError("a sorted path's covariances may not be left out: leave them out, and sort it again")
         for pair in self.pairs:
-            _check(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
+            check_array(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
             if pair.name in self.fill:
-                _check(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
+                check_array(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
             if pair.name in self.basis:
-                _check(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+                check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
             if pair.name in self.slope:
-                _check(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
+                check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
             if pair.name in self.centre:
                 inner = (pair.groups * pair.consumer.repeat * pair.width,)
-                _check(f"centre of {pair.name}", self.centre[pair.name], inner)
-                _check(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
+                check_array(f"centre of {pair.name}", self.centre[pair.name], inner)
+                check_array(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
             if pair.name in self.fill_sum:
-                _check(f"fill_sum of {pair.name}", self.fill_sum[pair.name], (pair.consumer.size,))
+                check_array(f"fill_sum of {pair.name}", self.fill_sum[pair.name], (pair.consumer.size,))
+            if pair.name in self.normal:
+                check_array(
+                    f"normal of {pair.name}",
+                    self.normal[pair.name],
+                    (*self.centre[pair.name].shape, pair.consumer.size),
+                )
 
     @classmethod
     def from_scores(
@@ -200,7 +212,17 @@ class SolutionPath:
         Raises:
             ArtifactError: missing, truncated or malformed.
         """
-        meta, tensors = read_artifact(folder, "path", FORMAT)
+        return cls.from_artifact(folder, *read_artifact(folder, "path", FORMAT))
+
+    @classmethod
+    def from_artifact(
+        cls, folder: str | os.PathLike[str], meta: Mapping[str, Any], tensors: Mapping[str, Floats]
+    ) -> SolutionPath:
+        """The path of what was read from ``folder``.
+
+        Raises:
+            ArtifactError: malformed.
+        """
         parts: dict[str, dict[str, Floats]] = {part: {} for part in (*ARRAYS, "trajectory")}
         try:
             for key, array in tensors.items():
@@ -219,6 +241,7 @@ class SolutionPath:
                 centre=parts["centre"],
                 covariance=parts["covariance"],
                 fill_sum=parts["fill_sum"],
+                normal=parts["normal"],
                 trajectory=Trajectory(**parts["trajectory"]),
                 config=meta["config"],
                 versions=meta["versions"],
@@ -240,7 +263,10 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _check(what: str, array: Floats, shape: Sequence[int]) -> None:
+def check_array(what: str, array: Floats, shape: Sequence[int]) -> None:
+    """Raises:
+    MismatchError: the array has another shape, or values that are not finite.
+    """
     if array.shape != tuple(shape):
         raise MismatchError(f"{what} has shape {array.shape}; the model has {tuple(shape)}")
     if not np.isfinite(array).all():

@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Selection
-from pathprune.compensation import Compensator
+from pathprune.compensation import by_place, constant, folded
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import Ints, Pair, Slot
 
@@ -57,6 +57,7 @@ SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
 
 Map = nn.Linear | Conv1D
 Record = dict[str, Any]
+Fold = Callable[[Tensor, "Tensor | None", Pair, Slot, Selection], "tuple[Tensor, Tensor | None]"]
 
 
 class _Padded(nn.Module):
@@ -398,9 +399,13 @@ def _blocks(new: Ints, size: int) -> Record | None:
 
 
 def sliced_map(
-    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection
+    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection, fold: Fold | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64."""
+    """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64.
+
+    Args:
+        fold: puts into a consumer what the pair's other units leave to it; by default from all of their weights.
+    """
     weight = axis_first(module.weight.detach(), module, axis.side)
     bias: Tensor | None = None if module.bias is None else module.bias.detach()
     for pair, slot in parts:
@@ -416,15 +421,15 @@ def sliced_map(
             if bias is not None:
                 bias = bias.index_copy(0, index, bias[index] * factor)
         if slot == pair.consumer and not selection.keep[pair.name].all():
-            fold = _compensate if pair.name in selection.covariance else _fold
-            weight, bias = fold(weight, bias, pair, slot, selection)
+            whole = compensate if pair.name in selection.covariance else plain
+            weight, bias = (fold or whole)(weight, bias, pair, slot, selection)
     kept = torch.from_numpy(axis.places()[0]).to(weight.device)
     if bias is not None and axis.side == "out":
         bias = bias[kept]
     return axis_first(weight[kept], module, axis.side), bias
 
 
-def _fold(
+def plain(
     weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
 ) -> tuple[Tensor, Tensor | None]:
     """Fold y' = m y + (1 - m) c, at the consumer's input (for ``qk``, at the keys), into its weight and bias."""
@@ -442,7 +447,7 @@ def _fold(
     return weight, bias
 
 
-def _compensate(
+def compensate(
     weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
 ) -> tuple[Tensor, Tensor | None]:
     """Fold what stays, and what it tells of the rest, into a consumer (equations in ``pathprune.compensation``)."""
@@ -450,17 +455,22 @@ def _compensate(
     def array(values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(weight.device, torch.float64)
 
+    covariance = array(selection.covariance[pair.name])
     centre = array(selection.centre[pair.name])
-    compensator = Compensator(centre, array(selection.covariance[pair.name]))
-    scale = compensator.by_place(array(pair.by_dim(selection.mask(pair))))
-    keep = compensator.by_place(torch.from_numpy(pair.by_dim(selection.keep[pair.name])).to(weight.device))
-    left, gone, fitted = compensator.fit(keep)
+    left, scale, constants = by_places(pair, selection, centre)
     places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
-    whole = weight[places].double()
-    rows = scale[left].unsqueeze(1) * (whole[left] + fitted @ whole[gone])
-    constant = compensator.constant(array(selection.fill[pair.name]))[gone] @ whole[gone]
-    constant = constant + centre[left] @ (whole[left] - rows)
-    return weight.double().index_copy(0, places[left], rows), constant if bias is None else bias.double() + constant
+    whole, rows = weight[places].double(), covariance[left]
+    ours, added = folded(rows[:, left], rows @ whole, whole[left], scale[left], centre[left], constants[left])
+    added = added + constants @ whole
+    return weight.double().index_copy(0, places[left], ours), added if bias is None else bias.double() + added
+
+
+def by_places(pair: Pair, selection: Selection, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By places in what a consumer reads, whose mean is (N,): (K,) those that stay, and (N,) of all m and c."""
+    keep, mask = (torch.from_numpy(pair.by_dim(array)) for array in (selection.keep[pair.name], selection.mask(pair)))
+    keep, scale = by_place(keep.to(centre.device), len(centre)), by_place(mask.to(centre), len(centre))
+    fill = torch.from_numpy(selection.fill[pair.name]).to(centre)
+    return keep.nonzero()[:, 0], scale, constant(fill, centre)
 
 
 def through(constant: npt.NDArray[np.floating], weight: Tensor, places: Ints) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathprune.compensation import constant
 from pathprune.discovery import check_base, identify
 from pathprune.hub import own_names
 from pathprune.pairs import Ints, Pair, PairList, Slot
@@ -107,14 +108,23 @@ def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
     """A path without rotations as one of a model with the same pairs and other weights."""
     base = path.pairs.base
     here = identify(model, base.macs_per_token, base.macs_per_sequence)
-    sums = {}
+    sums, normal = {}, {}
     for pair in path.pairs:
-        if pair.name in path.fill:
-            module = linear_map(model, pair.consumer.module)
-            weight = axis_first(module.weight.detach(), module, pair.consumer.side)
-            places = pair.consumer.index(pair.groups, pair.width)
+        if pair.name not in path.fill:
+            continue
+        module = linear_map(model, pair.consumer.module)
+        weight = axis_first(module.weight.detach(), module, pair.consumer.side)
+        places = pair.consumer.index(pair.groups, pair.width)
+        if pair.name not in path.covariance:
             sums[pair.name] = through(path.fill[pair.name], weight, places).cpu().numpy()
-    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), fill_sum=sums)
+            continue
+        whole = weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
+        fill, centre, covariance = (
+            torch.from_numpy(part[pair.name]).to(whole) for part in (path.fill, path.centre, path.covariance)
+        )
+        sums[pair.name] = (constant(fill, centre) @ whole).cpu().numpy()
+        normal[pair.name] = (covariance @ whole).cpu().numpy()
+    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), fill_sum=sums, normal=normal)
 
 
 def _descending(step: Ints) -> Ints:

@@ -14,8 +14,10 @@ from pathprune.data import Batches
 from pathprune.errors import MismatchError
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
-from pathprune.recovery.distill import distill
+from pathprune.recovery.distill import distill, trainable
 from pathprune.recovery.nested import elastic as elastic
+
+LR = 1e-3  # of a model that has lost everything
 
 
 def recover(
@@ -24,7 +26,7 @@ def recover(
     teacher: nn.Module | Targets,
     data: Iterable[Mapping[str, Tensor]],
     steps: int = 300,
-    lr: float = 3e-4,
+    lr: float | None = None,
     objective: str | Objective = "auto",
     seed: int = 0,
     bf16: bool = False,
@@ -37,7 +39,10 @@ def recover(
         small: sliced from ``teacher``.
         teacher: the dense model; or its remembered outputs, where several sizes are distilled on the same data.
         data: re-iterable of model-input dicts.
-        steps, lr, objective, seed, bf16, lora_rank: see ``pathprune.recovery.distill.distill``.
+        lr: peak learning rate. By default 1e-3 times the share of the trained parameters that slicing took away, to
+            the power of 1.5: what lost little has little to make good, and is harmed by steps that help what lost much
+            (``docs/recovery.md``).
+        steps, objective, seed, bf16, lora_rank: see ``pathprune.recovery.distill.distill``.
         progress: show a bar; by default only on a terminal.
 
     Raises:
@@ -48,6 +53,8 @@ def recover(
     _check_sliced(small, dense)
     batches = Batches(dense, data)
     student = copy.deepcopy(small)
+    if lr is None:
+        lr = LR * (1 - _trained_size(small) / _trained_size(dense)) ** 1.5
     hidden = None if progress is None else not progress
     with evaluating(dense), evaluating(student):
         distill(
@@ -63,6 +70,10 @@ def recover(
             lora_rank=lora_rank,
         )
     return student
+
+
+def _trained_size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in trainable(model))
 
 
 def _check_sliced(small: nn.Module, teacher: nn.Module) -> None:

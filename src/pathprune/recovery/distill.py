@@ -25,7 +25,7 @@ def distill(
     *,
     hidden: bool | None,
     steps: int = 300,
-    lr: float = 3e-4,
+    lr: float,
     objective: str | Objective = "auto",
     seed: int = 0,
     bf16: bool = False,
@@ -84,9 +84,9 @@ def _low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Para
     if rank < 1:
         raise DataError(f"lora_rank={rank} must be positive")
     torch.manual_seed(seed)
-    tables = _tables(student)
-    maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) not in tables]
-    trained = [p for p in student.parameters() if p.dim() < 2 and p.numel()]
+    weights = {id(parameter) for parameter in trainable(student)}
+    maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in weights]
+    trained = [p for p in trainable(student) if p.dim() < 2]
     for module in maps:
         update = _LowRank(module.weight, rank)
         register_parametrization(module, "weight", update)
@@ -126,9 +126,7 @@ def imitate(
     if isinstance(teacher, nn.Module):
         teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
     torch.manual_seed(seed)
-    if trained is None:
-        tables = _tables(student)
-        trained = [p for p in student.parameters() if id(p) not in tables and p.numel()]
+    trained = trainable(student) if trained is None else trained
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
         for parameter in student.parameters():
@@ -162,6 +160,7 @@ def imitate(
             parameter.grad = None
 
 
-def _tables(student: nn.Module) -> set[int]:
-    """Identities of the embedding tables."""
-    return {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but embedding tables and what slicing left empty."""
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return [p for p in model.parameters() if id(p) not in tables and p.numel()]
