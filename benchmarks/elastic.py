@@ -32,8 +32,11 @@ def main() -> None:
     arguments = parser(__doc__, steps=MiniLM.steps, seeds=3)
     arguments.add_argument("--recover-steps", type=int, default=350, help="of each size's own recovery")
     arguments.add_argument("--path", type=Path, help="of a search that was made before, in place of one for every seed")
-    arguments.add_argument("--lr", type=float, default=1.5e-4, help="of the elastic run; each size's own has 3e-4")
+    arguments.add_argument(
+        "--lr", type=float, default=1.5e-4, help="of the elastic run; each size's own has recover's default"
+    )
     arguments.add_argument("--lowest", type=float, default=0.2, help="smallest size that the elastic run visits")
+    arguments.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
     args = arguments.parse_args()
 
     subject = MiniLM(args.split)
@@ -52,7 +55,7 @@ def main() -> None:
             )
         data = demo.calibration(subject.tokenizer, seed)
         teacher = Targets(dense, HiddenObjective())  # its outputs are known to both after their first round
-        shared: dict[str, Any] = {"data": data, "teacher": teacher, "seed": seed}
+        shared: dict[str, Any] = {"data": data, "teacher": teacher, "seed": seed, "bf16": args.bf16}
         rows = []
         for keep in subject.keeps:
             small = pp.slice_model(dense, path.select(pp.Budget(keep=keep)))
@@ -80,6 +83,7 @@ def main() -> None:
         "recover_steps_each": args.recover_steps,
         "elastic_steps": total,
         "lr": args.lr,
+        "bf16": args.bf16,
         "lowest": args.lowest,
         "runs": runs,
         "mean_excess": {

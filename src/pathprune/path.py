@@ -264,8 +264,10 @@ def library_versions() -> dict[str, str]:
 
 
 def check_array(what: str, array: Floats, shape: Sequence[int]) -> None:
-    """Raises:
-    MismatchError: the array has another shape, or values that are not finite.
+    """Refuse another shape, and values that are not finite.
+
+    Raises:
+        MismatchError: it has one or the other.
     """
     if array.shape != tuple(shape):
         raise MismatchError(f"{what} has shape {array.shape}; the model has {tuple(shape)}")
