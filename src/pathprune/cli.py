@@ -332,7 +332,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder with family.json 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("pathprune-demo"),
     steps: Annotated[int, typer.Option(help="Search steps.")] = 300,
-    recover_steps: Annotated[int, typer.Option(help="Distillation steps for each size.")] = 400,
+    recover_steps: Annotated[int, typer.Option(help="Distillation steps for each size.")] = 800,
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
 ) -> None:

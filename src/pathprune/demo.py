@@ -88,11 +88,14 @@ def passages(articles: list[tuple[str, str]], seed: int = 0) -> list[str]:
 
 
 def calibration(tokenizer: Any, seed: int = 0) -> list[Batch]:
-    """Unlabelled batches of 16 short texts from the search split: paragraphs and the openings of articles, in turns."""
+    """Unlabelled batches of 16 short texts from the search split: paragraphs and the openings of articles, in turns, then
+    the paragraphs that are left.
+    """
     articles = bbc_articles("search")
     openings = [article for _, article in articles]
     random.Random(seed).shuffle(openings)
-    texts = [text for two in zip(passages(articles, seed), openings, strict=False) for text in two]
+    paragraphs = passages(articles, seed)
+    texts = [text for two in zip(paragraphs, openings, strict=False) for text in two] + paragraphs[len(openings) :]
     return tokenized(texts, tokenizer, batch_size=16, max_length=SEARCH_TOKENS)
 
 
