@@ -88,8 +88,8 @@ def passages(articles: list[tuple[str, str]], seed: int = 0) -> list[str]:
 
 
 def calibration(tokenizer: Any, seed: int = 0) -> list[Batch]:
-    """Unlabelled batches of 16 short texts from the search split: paragraphs and the openings of articles, in turns, then
-    the paragraphs that are left.
+    """Unlabelled batches of 16 short texts of the search split: paragraphs and openings of articles in turns, then the
+    other paragraphs.
     """
     articles = bbc_articles("search")
     openings = [article for _, article in articles]
