@@ -17,6 +17,7 @@ from helpers import tiny_batches, tiny_bert
 from pathprune import searching
 from pathprune.budget import Budget
 from pathprune.data import Batches
+from pathprune.dynamics import DYNAMICS
 from pathprune.objectives import EmbeddingObjective, Targets
 from pathprune.path import SolutionPath
 
@@ -136,6 +137,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     resumed = pp.search(tiny_bert(), tiny_batches(), resume=True, **settings)
     same_path(whole, resumed)
     same_path(whole, pp.search(tiny_bert(), tiny_batches(), resume=True, **settings))  # now it is finished
+
+
+@pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
+def test_a_step_that_is_interrupted_midway_never_happened(
+    dynamics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the state was updated, before the step was recorded."""
+    whole = run(tiny_bert(), dynamics=dynamics)
+    driver = DYNAMICS[dynamics]
+    gamma, calls = driver.gamma, iter(range(100))
+
+    def interrupting(self: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return gamma(self)
+
+    monkeypatch.setattr(driver, "gamma", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_bert(), dynamics=dynamics, out=tmp_path)
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 5
+    same_path(whole, run(tiny_bert(), dynamics=dynamics, out=tmp_path, resume=True))
 
 
 def test_resume_refuses_other_settings_other_models_and_nothing(tmp_path: Path) -> None:

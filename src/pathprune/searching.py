@@ -196,7 +196,7 @@ class _Run:
         self.fills: dict[str, Tensor] = {}
         self.centre: dict[str, Floats] = {}
         self.covariance: dict[str, Floats] = {}
-        self.done = 0
+        self.complete: tuple[int, dict[str, Tensor]] = (0, {})  # updates, and the driver's state after them
         self.loss: list[float] = []
         self.level: list[float] = []
         self.gamma_l1: list[list[float]] = []
@@ -230,6 +230,11 @@ class _Run:
                 write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
         kind = DYNAMICS[self.config.dynamics]
         self.driver = self._driver(kind.begin(self.config, self._probe(first), self.params))
+        self.complete = 0, self.driver.state
+
+    @property
+    def done(self) -> int:
+        return self.complete[0]
 
     def _driver(self, state: dict[str, Tensor]) -> Driver:
         mlp = self._by_unit([pair.kind == "mlp" for pair in self.pairs])
@@ -347,27 +352,28 @@ class _Run:
         self.loss.append(value)
         self.level.append(level)
         self.gamma_l1.append([float(part.sum()) for part in self.driver.gamma().abs().split(self.sizes)])
-        self.done += 1
+        self.complete = self.done + 1, self.driver.state  # one assignment: Ctrl-C falls before or after it
         return value, level
 
     def _trajectory(self) -> Trajectory:
         return Trajectory(
-            np.array(self.loss, dtype=np.float32),
-            np.array(self.level, dtype=np.float32),
-            np.array(self.gamma_l1, dtype=np.float32).reshape(len(self.loss), len(self.pairs)),
+            np.array(self.loss[: self.done], dtype=np.float32),
+            np.array(self.level[: self.done], dtype=np.float32),
+            np.array(self.gamma_l1[: self.done], dtype=np.float32).reshape(self.done, len(self.pairs)),
         )
 
     def checkpoint(self) -> None:
-        """Leave everything needed to go on."""
+        """Leave everything needed to go on after the last complete step."""
         if self.out is None:
             return
-        tensors = {f"state/{name}": tensor.numpy() for name, tensor in self.driver.state.items()}
+        done, state = self.complete
+        tensors = {f"state/{name}": tensor.numpy() for name, tensor in state.items()}
         for part, arrays in asdict(self.found).items():
             tensors |= {f"{part}/{name}": array for name, array in arrays.items()}
         tensors |= {f"trajectory/{name}": array for name, array in asdict(self._trajectory()).items()}
         meta = {
             "format": CHECKPOINT_FORMAT,
-            "step": self.done,
+            "step": done,
             "base": asdict(self.pairs.base),
             "config": asdict(self.config),
         }
@@ -392,7 +398,7 @@ class _Run:
             self.found = Calibration(parts["basis"], parts["mean"], parts["std"])
             self.centre, self.covariance = parts["centre"], parts["covariance"]
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
-            self.done = int(meta["step"])
+            self.complete = int(meta["step"]), self.driver.state
             self.loss, self.level, self.gamma_l1 = (
                 parts["trajectory"][name].tolist() for name in ("loss", "level", "gamma_l1")
             )
