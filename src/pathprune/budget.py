@@ -84,6 +84,8 @@ class Selection:
             where a pair loses units; 1 for pairs without one.
         centre, covariance: pair name -> (N,) and (N, N), N = G R D, of what the consumer reads, in the basis; what
             leaves is told from what stays by them (``pathprune.compensation``). Only pairs with a fill have them.
+        delta: parameter name -> array of its shape; one minus the fraction kept of it is added
+            (``pathprune.delta``).
         budget: what was asked for.
         removals: how far along the path's order this selection lies.
         seq_len: sequence length, in tokens, at which ``macs`` is counted.
@@ -99,6 +101,7 @@ class Selection:
     scale: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     centre: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     covariance: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    delta: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
 
     def mask(self, pair: Pair) -> npt.NDArray[np.float64]:
         """(G, U), what each unit of ``pair`` is multiplied by: zero, or its scale."""
@@ -216,5 +219,6 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
         path.basis,
         centre=path.centre,
         covariance=path.covariance,
+        delta=path.delta,
     )
     return replace(selection, scale={name: 1 + (1 - selection.fraction) * a for name, a in path.slope.items()})

@@ -162,7 +162,7 @@ def embed(model: nn.Module, batches: list[Batch]) -> Tensor:
         return torch.cat([F.normalize(mean.embeddings(model(**batch), batch), dim=-1) for batch in batches])
 
 
-def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Search, slice, recover, measure and report; everything lands in ``out``.
 
     Returns:
@@ -176,10 +176,11 @@ def run(out: Path, *, steps: int, recover_steps: int, seed: int, say: Callable[[
     dense, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
     data = calibration(tokenizer, seed)
     seconds = {}
+    bf16 = fast_bf16(dense.device)
+    recover_steps = recover_steps or (800 if bf16 else 400)  # ten minutes of two cores, either way
 
     say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
-    bf16 = fast_bf16(dense.device)
     path = search(
         dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, bf16=bf16, out=out / "path"
     )

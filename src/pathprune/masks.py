@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pathprune.budget import Selection
 from pathprune.compensation import Compensator, compensators
+from pathprune.delta import at_size
 from pathprune.pairs import Pair, Slot
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
@@ -23,7 +24,7 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     """The dense model with a selection's masks, until the context ends.
 
     Inside the context the model computes what ``slice_model(model, selection)`` computes, at
-    the dense model's size and speed. The model is not changed.
+    the dense model's size and speed. Afterwards it is what it was.
 
     Raises:
         MismatchError: the selection belongs to another model.
@@ -36,7 +37,7 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
     device = next(model.parameters()).device
     told = compensators(selection.centre, selection.covariance, device, torch.float64)
-    with attach_masks(model, selection.pairs, masks, fill, selection.basis, told):
+    with at_size(model, selection), attach_masks(model, selection.pairs, masks, fill, selection.basis, told):
         yield model
 
 

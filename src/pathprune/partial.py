@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ from transformers.pytorch_utils import Conv1D
 from pathprune.artifact import describe_artifact, reading
 from pathprune.budget import Budget, Selection
 from pathprune.compensation import folded
+from pathprune.delta import moved
 from pathprune.discovery import check_base
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.hub import PathpruneConfig
 from pathprune.pairs import Ints, Pair, Slot
 from pathprune.path import FORMAT, Floats, SolutionPath, check_array
 from pathprune.slicing import Axis, by_places, linear_map, plain, plan, scaled_stack, sliced_map, stacks, through
+
+
+LARGE = ("covariance", "normal", "delta", "delta_normal")  # arrays of a path that are read by parts
 
 
 def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: Any = None, **options: Any) -> nn.Module:
@@ -77,6 +81,7 @@ def _load(
     with _opened(folder) as weights:
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)
+        weights = _Moved(weights, dense, told, 1 - selection.fraction)
         state, record = _sliced_state(dense, path, selection, weights, told)
     config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
     small = type(kind).from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **options})
@@ -140,6 +145,8 @@ def _map(
         if pair.name not in path.fill:
             return plain(weight, bias, pair, slot, selection)
         total = torch.from_numpy(path.fill_sum[pair.name])
+        if pair.name in path.delta_sum:
+            total = total + (1 - selection.fraction) * torch.from_numpy(path.delta_sum[pair.name])
         if pair.name in told.centre:
             weight, added = told.fold(weight, pair, slot, selection)
             return weight, added + total if bias is None else bias.double() + added + total
@@ -159,7 +166,7 @@ class _Told:
     Args:
         folder: of the path.
         centre: pair name -> (N,).
-        tensors: the covariances and normal equations.
+        tensors: the covariances and normal equations, and the deltas.
     """
 
     def __init__(self, folder: str | os.PathLike[str], centre: dict[str, Floats], tensors: _Weights) -> None:
@@ -174,6 +181,9 @@ class _Told:
         with reading(self.folder, "path"):
             covariance = self.tensors.rows(f"covariance/{pair.name}", kept, (inner, inner), columns)
             normal = self.tensors.rows(f"normal/{pair.name}", kept, (inner, slot.size), slot.size)
+            if f"delta_normal/{pair.name}" in self.tensors.files:
+                more = self.tensors.rows(f"delta_normal/{pair.name}", kept, (inner, slot.size), slot.size)
+                normal = normal + (1 - selection.fraction) * more
             if not (torch.isfinite(covariance).all() and torch.isfinite(normal).all()):
                 raise ValueError(f"the covariance or the normal equations of {pair.name} are not finite")
         places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())[left]
@@ -259,6 +269,41 @@ class _Weights:
         return torch.cat([part[(*ahead, slice(*edge), *behind)] for edge in edges], dim)
 
 
+class _Moved(_Weights):
+    """A checkpoint's tensors with a share of a path's deltas added.
+
+    Raises:
+        MismatchError: the checkpoint has no such parameter, or one of another shape.
+    """
+
+    def __init__(self, weights: _Weights, model: nn.Module, told: _Told, share: float) -> None:
+        super().__init__(weights.files)
+        self.told, self.share = told, share
+        self.deltas: dict[str, str] = {}
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for key, file in told.tensors.files.items():
+            part, _, name = key.partition("/")
+            if part == "delta":
+                if shapes.get(name) != (shape := tuple(file.get_slice(key).get_shape())):
+                    raise MismatchError(f"the path has a delta for {name} of shape {shape}, which the model has not")
+                self.deltas[weights.names[name]] = key
+
+    def whole(self, name: str) -> Tensor:
+        return self._moved(super().whole(name), name, lambda key: self.told.tensors.whole(key))
+
+    def _runs(self, name: str, *at: Any) -> Tensor:
+        return self._moved(super()._runs(name, *at), name, lambda key: self.told.tensors._runs(key, *at))
+
+    def _moved(self, tensor: Tensor, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        if name not in self.deltas:
+            return tensor
+        with reading(self.told.folder, "path"):
+            delta = read(self.deltas[name])
+            if not torch.isfinite(delta).all():
+                raise ValueError(f"the {self.deltas[name]} is not finite")
+        return moved(tensor, delta, self.share)
+
+
 @contextmanager
 def _opened_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _Told]]:
     """The path without its moments, and those to be read by parts."""
@@ -267,7 +312,7 @@ def _opened_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath,
         with reading(folder, "path"):
             tensors = stack.enter_context(safe_open(file, framework="pt"))
             names = set(tensors.keys())
-            large = {name for name in names if name.partition("/")[0] in ("covariance", "normal")}
+            large = {name for name in names if name.partition("/")[0] in LARGE}
             small = {name: tensors.get_tensor(name).numpy() for name in names - large}
             centre = {name.removeprefix("centre/"): small.pop(name) for name in names if name.startswith("centre/")}
             path = SolutionPath.from_artifact(folder, meta, small)

@@ -20,8 +20,8 @@ from pathprune.order import UNITS, Order, Unit, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
-# Arrays by pair, and their precision. The last two are of sorted paths, and let a size do without the weights of the
-# units that it lacks, to the last place.
+# Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size do
+# without the weights of the units that it lacks, to the last place.
 ARRAYS = {
     "ranking": "f4",
     "fill": "f4",
@@ -29,8 +29,11 @@ ARRAYS = {
     "slope": "f4",
     "centre": "f4",
     "covariance": "f4",
+    "delta": "f2",
     "fill_sum": "f8",
     "normal": "f8",
+    "delta_sum": "f8",
+    "delta_normal": "f8",
 }
 
 Floats = npt.NDArray[np.floating]
@@ -68,6 +71,8 @@ class SolutionPath:
         fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
             (``pathprune.sorting``), so that a size can be loaded without the weights of the units that it lacks.
         normal: pair name -> (N, d), the covariance times the consumer's weight, for the same; where there is one.
+        delta: parameter name -> array of its shape, what ``elastic`` has trained; see ``Selection``.
+        delta_sum, delta_normal: ``fill_sum`` and ``normal`` of the consumer's delta.
         centre, covariance: pair name -> (N,) and (N, N), see ``Selection``. They are most of the path's bytes,
             about as many as the model's; without them (``centre={}, covariance={}``), every size is worse.
         trajectory: what the search did.
@@ -87,6 +92,9 @@ class SolutionPath:
     covariance: dict[str, Floats] = field(default_factory=dict)
     fill_sum: dict[str, Floats] = field(default_factory=dict)
     normal: dict[str, Floats] = field(default_factory=dict)
+    delta: dict[str, Floats] = field(default_factory=dict)
+    delta_sum: dict[str, Floats] = field(default_factory=dict)
+    delta_normal: dict[str, Floats] = field(default_factory=dict)
     trajectory: Trajectory = field(default_factory=Trajectory)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -122,6 +130,10 @@ class SolutionPath:
             raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
         if not set(self.normal) <= set(self.covariance):
             raise MismatchError("a sorted path's covariances may not be left out: leave them out, and sort it again")
+        if not (set(self.delta_sum) <= set(self.fill_sum) and set(self.delta_normal) <= set(self.normal)):
+            raise MismatchError("delta_sum and delta_normal go with fill_sum and normal")
+        for name, array in self.delta.items():
+            check_array(f"delta of {name}", array, array.shape)
         for pair in self.pairs:
             check_array(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
             if pair.name in self.fill:
@@ -134,14 +146,13 @@ class SolutionPath:
                 inner = (pair.groups * pair.consumer.repeat * pair.width,)
                 check_array(f"centre of {pair.name}", self.centre[pair.name], inner)
                 check_array(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
-            if pair.name in self.fill_sum:
-                check_array(f"fill_sum of {pair.name}", self.fill_sum[pair.name], (pair.consumer.size,))
-            if pair.name in self.normal:
-                check_array(
-                    f"normal of {pair.name}",
-                    self.normal[pair.name],
-                    (*self.centre[pair.name].shape, pair.consumer.size),
-                )
+            for part in ("fill_sum", "delta_sum"):
+                if pair.name in getattr(self, part):
+                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], (pair.consumer.size,))
+            for part in ("normal", "delta_normal"):
+                if pair.name in getattr(self, part):
+                    shape = (*self.centre[pair.name].shape, pair.consumer.size)
+                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], shape)
 
     @classmethod
     def from_scores(
@@ -235,13 +246,7 @@ class SolutionPath:
                 unit=meta["unit"],
                 multiple=meta["multiple"],
                 seq_len=meta["seq_len"],
-                fill=parts["fill"],
-                basis=parts["basis"],
-                slope=parts["slope"],
-                centre=parts["centre"],
-                covariance=parts["covariance"],
-                fill_sum=parts["fill_sum"],
-                normal=parts["normal"],
+                **{part: parts[part] for part in ARRAYS if part != "ranking"},
                 trajectory=Trajectory(**parts["trajectory"]),
                 config=meta["config"],
                 versions=meta["versions"],

@@ -41,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Selection
 from pathprune.compensation import by_place, constant, folded
+from pathprune.delta import at_size
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.pairs import Ints, Pair, Slot
 
@@ -192,6 +193,11 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
 
 def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
+    with at_size(model, selection):
+        return _slice_modules(model, selection)
+
+
+def _slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
     axes, record = plan(model, selection)
     check_experts(model, record)
     memo: dict[int, Any] = {}

@@ -33,6 +33,8 @@ def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, Solutio
         MismatchError: the path belongs to another model.
     """
     check_base(model, path.pairs)
+    if path.delta:  # which ``elastic`` has found, in sorted units
+        return copy.deepcopy(model), path
     ordered, orders = copy.deepcopy(model), unit_orders(path)
     with torch.no_grad():
         for pair in path.pairs:
@@ -108,23 +110,34 @@ def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
     """A path without rotations as one of a model with the same pairs and other weights."""
     base = path.pairs.base
     here = identify(model, base.macs_per_token, base.macs_per_sequence)
-    sums, normal = {}, {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, dict[str, Floats]] = {"fill_sum": {}, "normal": {}, "delta_sum": {}, "delta_normal": {}}
     for pair in path.pairs:
         if pair.name not in path.fill:
             continue
         module = linear_map(model, pair.consumer.module)
-        weight = axis_first(module.weight.detach(), module, pair.consumer.side)
-        places = pair.consumer.index(pair.groups, pair.width)
-        if pair.name not in path.covariance:
-            sums[pair.name] = through(path.fill[pair.name], weight, places).cpu().numpy()
-            continue
-        whole = weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
-        fill, centre, covariance = (
-            torch.from_numpy(part[pair.name]).to(whole) for part in (path.fill, path.centre, path.covariance)
-        )
-        sums[pair.name] = (constant(fill, centre) @ whole).cpu().numpy()
-        normal[pair.name] = (covariance @ whole).cpu().numpy()
-    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), fill_sum=sums, normal=normal)
+        maps = {("fill_sum", "normal"): module.weight.detach()}
+        if (name := names[id(module.weight)]) in path.delta:
+            maps["delta_sum", "delta_normal"] = torch.from_numpy(path.delta[name]).to(module.weight)
+        for (sums, normal), weight in maps.items():
+            told = _told(path, pair, axis_first(weight, module, pair.consumer.side))
+            for part, array in zip((sums, normal), told, strict=False):
+                found[part][pair.name] = array
+    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), **found)
+
+
+def _told(path: SolutionPath, pair: Pair, weight: Tensor) -> list[Floats]:
+    """What a consumer (places, d) makes of all units' constants, (d,), and where there is compensation its normal
+    equations, (N, d).
+    """
+    places = pair.consumer.index(pair.groups, pair.width)
+    if pair.name not in path.covariance:
+        return [through(path.fill[pair.name], weight, places).cpu().numpy()]
+    whole = weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
+    fill, centre, covariance = (
+        torch.from_numpy(part[pair.name]).to(whole) for part in (path.fill, path.centre, path.covariance)
+    )
+    return [(constant(fill, centre) @ whole).cpu().numpy(), (covariance @ whole).cpu().numpy()]
 
 
 def _descending(step: Ints) -> Ints:

@@ -1,31 +1,35 @@
 """Recover every size at once: one training run over shared weights, of which every size is a prefix.
 
 The dense model's units are sorted by importance (``pathprune.sorting``). A copy then learns to imitate the dense model
-while it is masked as the family would ship it, at another size in each step. The fills and slopes of the path, by
-which sizes differ beside the units that they keep, are trained with the weights.
+while it is masked as the family would ship it, at another size in each step. What it learns is what the parameters
+move by, the more the smaller the size (``pathprune.delta``): sizes want different learning rates, and the dense model
+stays as it is. The fills and slopes of the path are trained beside it.
 
 (Training nested networks in one set of weights: slimmable networks, Yu et al., ICLR 2019; MatFormer, Devvrit et al.,
-NeurIPS 2024.)
+NeurIPS 2024. Weights on a line between two models: Wortsman et al., CVPR 2022.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from pathprune.budget import Budget
+from pathprune.budget import Budget, Selection
 from pathprune.compensation import compensators
 from pathprune.data import Batches
+from pathprune.delta import moved
 from pathprune.dynamics import GOLDEN
 from pathprune.errors import DataError
 from pathprune.masks import attach_masks
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
-from pathprune.path import SolutionPath
-from pathprune.recovery.distill import imitate
+from pathprune.path import Floats, SolutionPath
+from pathprune.recovery.distill import imitate, trainable
 from pathprune.sorting import rebased, sort_units
 
 BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
@@ -37,7 +41,7 @@ def elastic(
     *,
     data: Iterable[Mapping[str, Tensor]],
     steps: int = 1000,
-    lr: float = 1.5e-4,
+    lr: float = 5e-4,
     objective: str | Objective = "auto",
     lowest: float = 0.2,
     seed: int = 0,
@@ -45,17 +49,18 @@ def elastic(
     teacher: Targets | None = None,
     progress: bool | None = None,
 ) -> tuple[nn.Module, SolutionPath]:
-    """A model of the dense one's shapes of which every size of the path is recovered, and the path over it.
+    """The dense model with its units sorted, and a path over it of which every size is recovered.
 
     Both saved into one folder (``save_pretrained``, ``SolutionPath.save``) are a dense checkpoint that plain
-    ``from_pretrained`` reads, and from which ``load_slice`` reads any size. ``model`` is untouched.
+    ``from_pretrained`` reads, and from which ``load_slice`` reads any size. ``model`` is untouched. Where ``path`` comes
+    from here itself, training goes on from there.
 
     Args:
         model: dense; the teacher, too.
         path: found in ``model``.
         data: re-iterable of model-input dicts.
         steps: batches to train on, for all sizes together.
-        lr: peak learning rate. A higher one helps small sizes and harms large ones (``docs/elastic.md``).
+        lr: peak learning rate of the deltas, of which a size that keeps r adds 1 - r.
         objective: what is imitated, as in ``recover``.
         lowest: smallest share of the prunable parameters that is trained; sizes are drawn from there to 1.
         seed: of everything random.
@@ -70,11 +75,15 @@ def elastic(
     if not 0 < lowest < 1:
         raise DataError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
-    student, path = sort_units(model, path)
-    sizes = _Sizes(path, lowest, batches.device)
+    ordered, path = sort_units(model, path)
+    student, sizes = _Student(ordered, path), _Sizes(path, lowest, batches.device)
+
+    def visit(step: int) -> None:
+        student.share = 1 - sizes.visit(step).fraction
+
     hidden = None if progress is None else not progress
     told = compensators(path.centre, path.covariance, batches.device)
-    masks = attach_masks(student, path.pairs, sizes.masks, sizes.fills, told=told)
+    masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told)
     with evaluating(model), evaluating(student), masks:
         imitate(
             student,
@@ -86,11 +95,40 @@ def elastic(
             objective=objective,
             seed=seed,
             bf16=bf16,
+            trained=list(student.deltas),
             beside=[*sizes.slope.values(), *sizes.shift.values()],
             beside_lr=BESIDE_LR,
-            before=sizes.visit,
+            before=visit,
         )
-    return student, rebased(sizes.path(), student)
+    return ordered, rebased(replace(sizes.path(), delta=student.delta()), ordered)
+
+
+class _Student(nn.Module):
+    """A model at the size that a step visits, and what is trained of it.
+
+    Attributes:
+        share: of the deltas that this size adds.
+        deltas: in 32 bits, of all parameters but the embedding tables.
+    """
+
+    def __init__(self, model: nn.Module, path: SolutionPath) -> None:
+        super().__init__()
+        self.model, self.share = model, 0.0
+        ids = {id(parameter) for parameter in trainable(model)}
+        self.of = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
+        self.deltas = nn.ParameterList()
+        for name, parameter in self.of.items():
+            start = torch.from_numpy(path.delta[name]) if name in path.delta else torch.zeros(parameter.shape)
+            self.deltas.append(nn.Parameter(start.to(parameter.device, torch.float32)))
+
+    def forward(self, **batch: Tensor) -> Any:
+        deltas = zip(self.of.items(), self.deltas, strict=True)
+        here = {name: moved(parameter, delta, self.share) for (name, parameter), delta in deltas}
+        return functional_call(self.model, here, (), batch)
+
+    def delta(self) -> dict[str, Floats]:
+        """By parameter, as a path has them."""
+        return {name: delta.detach().cpu().numpy() for name, delta in zip(self.of, self.deltas, strict=True)}
 
 
 class _Sizes:
@@ -110,8 +148,8 @@ class _Sizes:
         self.shift = {name: torch.zeros_like(mean).requires_grad_() for name, mean in self.mean.items()}
         self.slope = {name: torch.tensor(array, device=device).requires_grad_() for name, array in path.slope.items()}
 
-    def visit(self, step: int) -> float:
-        """Put the masks and fills of a step's size in place; returns the size."""
+    def visit(self, step: int) -> Selection:
+        """Put the masks and fills of a step's size in place."""
         level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1)
         selection = self.start.select(Budget(keep=level))
         for pair in self.start.pairs:
@@ -121,7 +159,7 @@ class _Sizes:
                 mask = mask * (1 + (1 - selection.fraction) * self.slope[pair.name])
             self.masks[pair.name] = mask
         self.fills.update(self._fill())
-        return level
+        return selection
 
     def _fill(self) -> dict[str, Tensor]:
         return {name: mean + mean.abs().mean() * self.shift[name] for name, mean in self.mean.items()}
