@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser(__doc__, steps=MiniLM.steps, seeds=3)
     arguments.add_argument("--recover-steps", type=int, default=350, help="of each size's own recovery")
     arguments.add_argument("--path", type=Path, help="of a search that was made before, in place of one for every seed")
-    arguments.add_argument("--lr", type=float, default=1.5e-4, help="of the elastic run alone")
+    arguments.add_argument("--lr", type=float, default=3e-4, help="of the elastic run alone")
     arguments.add_argument("--lowest", type=float, default=0.2, help="smallest size that the elastic run visits")
     arguments.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
     args = arguments.parse_args()

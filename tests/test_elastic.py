@@ -23,6 +23,7 @@ from pathprune.evaluation import fidelity
 from pathprune.objectives import HiddenObjective
 from pathprune.path import SolutionPath
 from pathprune.recovery.nested import _Sizes
+from pathprune.sorting import rebased
 from test_sorting import path_of
 
 SIZES = (0.75, 0.5, 0.25)
@@ -54,7 +55,7 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
     assert all(a < 0.8 * b for a, b in zip(found[1:3], start[1:3], strict=True))
     assert found[0] < 1.2 * start[0]  # with compensation, there is little left to recover
     assert found[3] < 1e-6  # the dense model is what it was
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if 'embed' in name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if "embed" in name)
     assert again.order.step.keys() == path.order.step.keys()
     np.testing.assert_array_equal(again.order.units, path.order.units)
 
@@ -176,17 +177,25 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return asked
 
 
-def saved(subject: Subject, folder: Path, *, compensated: bool = True, **options: Any) -> tuple[Any, SolutionPath]:
+def saved(
+    subject: Subject, folder: Path, *, compensated: bool = True, trained: bool = False, **options: Any
+) -> tuple[Any, SolutionPath]:
     found = path_of(subject)
     model, path = pp.sort_units(subject.model, found if compensated else replace(found, centre={}, covariance={}))
+    if trained:
+        rng = np.random.default_rng(0)
+        path = rebased(
+            replace(path, delta={name: rng.normal(size=p.shape) for name, p in model.named_parameters()}), model
+        )
     model.save_pretrained(folder, **options)  # type: ignore[operator]
     path.save(folder)
     return model, path
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.6, 0.25, 0.01])
-def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, tmp_path: Path) -> None:
-    model, path = saved(subject, tmp_path)
+def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, trained: bool, tmp_path: Path) -> None:
+    model, path = saved(subject, tmp_path, trained=trained)
     loaded = pp.load_slice(tmp_path, pp.Budget(keep=keep))
     small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
     parameters = dict(small.named_parameters())
@@ -201,12 +210,13 @@ def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, tmp_path
     assert_same_model(type(loaded).from_pretrained(tmp_path / "again", dtype="auto"), loaded, subject.inputs)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("compensated", [False, True])
 def test_a_size_reads_its_own_bytes(
-    subjects: dict[str, Subject], counted: dict[str, int], tmp_path: Path, compensated: bool
+    subjects: dict[str, Subject], counted: dict[str, int], tmp_path: Path, compensated: bool, trained: bool
 ) -> None:
     subject = subjects["bert"]
-    model, path = saved(subject, tmp_path, compensated=compensated)
+    model, path = saved(subject, tmp_path, compensated=compensated, trained=trained)
     for keep in SIZES:
         counted.clear()
         selection = path.select(pp.Budget(keep=keep))
@@ -219,6 +229,8 @@ def test_a_size_reads_its_own_bytes(
         assert whole == path.pairs.prunable_params * 8 + consumers
         assert asked <= selection.pair_params * 8 + consumers + sample
         assert asked >= selection.pair_params * 8
+        added = sum(counted.get(f"delta/{name}.{part}", 0) for name in weights for part in ("weight", "bias"))
+        assert added == trained * (selection.pair_params * 2 + consumers / 4)
         for pair in path.pairs if compensated else []:
             if pair.name not in path.covariance:
                 continue
@@ -295,12 +307,12 @@ def test_a_path_that_is_not_sorted_is_refused(subjects: dict[str, Subject], tmp_
         pp.load_slice(tmp_path, pp.Budget(keep=0.5))
 
 
-@pytest.mark.parametrize("part", ["covariance", "normal", "centre"])
+@pytest.mark.parametrize("part", ["covariance", "normal", "centre", "delta/", "delta_normal", "delta_sum"])
 @pytest.mark.parametrize("wrong", ["shape", "nan", "gone"])
 def test_a_path_with_broken_moments_is_refused(
     subjects: dict[str, Subject], tmp_path: Path, part: str, wrong: str
 ) -> None:
-    saved(subjects["bert"], tmp_path)
+    saved(subjects["bert"], tmp_path, trained=True)
     tensors = load_file(next(tmp_path.glob("path-*.safetensors")))
     for name in [name for name in tensors if name.startswith(part)]:
         if wrong == "gone":
@@ -308,7 +320,11 @@ def test_a_path_with_broken_moments_is_refused(
         else:
             tensors[name] = tensors[name][1:] if wrong == "shape" else tensors[name] * float("nan")
     save_file(tensors, next(tmp_path.glob("path-*.safetensors")))
-    message = {"shape": f"{part}.* has shape", "nan": "are not finite", "gone": "covariance/|sort its model once"}
+    message = {
+        "shape": f"{part}.* has shape|a delta for .* which the model has not",
+        "nan": "not finite",
+        "gone": "covariance/|sort its model once|lacks a part of what was trained",
+    }
     with pytest.raises((pp.ArtifactError, pp.MismatchError), match=message[wrong]):
         pp.load_slice(tmp_path, pp.Budget(keep=0.5))
     with pytest.raises(pp.ArtifactError, match="SHA-256"):
@@ -316,6 +332,51 @@ def test_a_path_with_broken_moments_is_refused(
     (next(tmp_path.glob("path-*.safetensors"))).write_bytes(b"\x08")
     with pytest.raises(pp.ArtifactError, match="is not a readable path"):
         pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+
+
+def test_what_was_trained_is_part_of_every_size(searched: tuple[BertModel, SolutionPath], tmp_path: Path) -> None:
+    dense, path = searched
+    model, again = pp.elastic(dense, path, data=tiny_batches(), steps=5, progress=False)
+    assert {name for name, _ in model.named_parameters()} - again.delta.keys() == {
+        name for name, _ in model.named_parameters() if "_embeddings." in name
+    }
+    model.save_pretrained(tmp_path)
+    again.save(tmp_path)
+    plain = AutoModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    for keep in SIZES:
+        budget = pp.Budget(keep=keep)
+        small = pp.slice_model(model, again.select(budget))
+        loaded = dict(pp.load_slice(tmp_path, budget).named_parameters())
+        for name, parameter in small.named_parameters():
+            torch.testing.assert_close(loaded[name], parameter, rtol=1e-5, atol=1e-6)
+        with torch.no_grad(), pp.masked(model, again.select(budget)):
+            torch.testing.assert_close(
+                model(**tiny_batches()[0]).last_hidden_state,
+                small(**tiny_batches()[0]).last_hidden_state,
+                rtol=1e-4,
+                atol=1e-4,
+            )
+    further, once_more = pp.elastic(model, again, data=tiny_batches(), steps=1, lr=1e-9, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(further.parameters(), model.parameters(), strict=True))
+    for name, delta in again.delta.items():
+        np.testing.assert_allclose(once_more.delta[name], delta, rtol=1e-2, atol=1e-6)
+
+
+def test_a_delta_for_another_parameter_is_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    model, path = saved(subjects["bert"], tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    good = next(name for name, _ in model.named_parameters())
+    for wrong in ({"nothing": np.ones(3)}, {good: np.ones(3)}):
+        bad = replace(path, delta=wrong)
+        with pytest.raises(pp.MismatchError, match="which the model has not"):
+            pp.slice_model(model, bad.select(pp.Budget(keep=0.5)))
+        bad.save(tmp_path)
+        with pytest.raises(pp.MismatchError, match="which the model has not"):
+            pp.load_slice(tmp_path, pp.Budget(keep=0.5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(pp.MismatchError, match="not finite"):
+        replace(path, delta={good: np.full(3, 1e9)})  # too large for its 16 bits
 
 
 def test_a_sorted_path_keeps_its_moments(subjects: dict[str, Subject], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
         raise ArtifactError(
             f"cannot write {name}: {error}; keep to numbers that are finite, text, lists and dicts"
         ) from error
-    data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    data = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{name}-{digest[:12]}.safetensors"
     text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)

@@ -236,7 +236,7 @@ def elastic(
     data: DataOpt,
     out: Annotated[Path, typer.Option(help="Folder for the elastic model and its path.")],
     steps: Annotated[int, typer.Option(help="Distillation steps, for all sizes together.")] = 1000,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     lowest: Annotated[float, typer.Option(help="Smallest fraction of the prunable parameters to train.")] = 0.2,
     objective: ObjectiveOpt = "auto",
     batch_size: BatchOpt = 16,

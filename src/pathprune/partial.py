@@ -34,7 +34,6 @@ from pathprune.pairs import Ints, Pair, Slot
 from pathprune.path import FORMAT, Floats, SolutionPath, check_array
 from pathprune.slicing import Axis, by_places, linear_map, plain, plan, scaled_stack, sliced_map, stacks, through
 
-
 LARGE = ("covariance", "normal", "delta", "delta_normal")  # arrays of a path that are read by parts
 
 
@@ -82,6 +81,10 @@ def _load(
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)
         weights = _Moved(weights, dense, told, 1 - selection.fraction)
+        consumers = {pair.name: weights.names[f"{pair.consumer.module}.weight"] for pair in path.pairs if pair.fillable}
+        trained = {name for name in path.fill if consumers[name] in weights.deltas}
+        if trained != set(path.delta_sum) or trained & told.normal != told.delta_normal:
+            raise ArtifactError(f"the path in {folder} lacks a part of what was trained; copy it again from its source")
         state, record = _sliced_state(dense, path, selection, weights, told)
     config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
     small = type(kind).from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **options})
@@ -171,7 +174,10 @@ class _Told:
 
     def __init__(self, folder: str | os.PathLike[str], centre: dict[str, Floats], tensors: _Weights) -> None:
         self.folder, self.centre, self.tensors = folder, centre, tensors
-        self.normal = {name.partition("/")[2] for name in tensors.files if name.startswith("normal/")}
+        self.normal, self.delta_normal = (
+            {name.removeprefix(part) for name in tensors.files if name.startswith(part)}
+            for part in ("normal/", "delta_normal/")
+        )
 
     def fold(self, weight: Tensor, pair: Pair, slot: Slot, selection: Selection) -> tuple[Tensor, Tensor]:
         """As ``pathprune.slicing.compensate``; (d,) is without the constants of all units."""
@@ -181,7 +187,7 @@ class _Told:
         with reading(self.folder, "path"):
             covariance = self.tensors.rows(f"covariance/{pair.name}", kept, (inner, inner), columns)
             normal = self.tensors.rows(f"normal/{pair.name}", kept, (inner, slot.size), slot.size)
-            if f"delta_normal/{pair.name}" in self.tensors.files:
+            if pair.name in self.delta_normal:
                 more = self.tensors.rows(f"delta_normal/{pair.name}", kept, (inner, slot.size), slot.size)
                 normal = normal + (1 - selection.fraction) * more
             if not (torch.isfinite(covariance).all() and torch.isfinite(normal).all()):
@@ -278,6 +284,7 @@ class _Moved(_Weights):
 
     def __init__(self, weights: _Weights, model: nn.Module, told: _Told, share: float) -> None:
         super().__init__(weights.files)
+        self.names = weights.names
         self.told, self.share = told, share
         self.deltas: dict[str, str] = {}
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

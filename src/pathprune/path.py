@@ -20,8 +20,8 @@ from pathprune.order import UNITS, Order, Unit, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
-# Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size do
-# without the weights of the units that it lacks, to the last place.
+# Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size
+# do without the weights of the units that it lacks, to the last place.
 ARRAYS = {
     "ranking": "f4",
     "fill": "f4",
@@ -110,7 +110,8 @@ class SolutionPath:
         if len(names) < len(self.pairs):
             raise MismatchError("two pairs have the same name")
         for part, dtype in ARRAYS.items():  # as it will be on disk, so that saving changes no family
-            arrays = {name: np.asarray(array, dtype=dtype) for name, array in getattr(self, part).items()}
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                arrays = {name: np.asarray(array, dtype=dtype) for name, array in getattr(self, part).items()}
             object.__setattr__(self, part, arrays)
         if set(self.ranking) != names:
             raise MismatchError(

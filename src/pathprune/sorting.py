@@ -111,33 +111,38 @@ def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
     base = path.pairs.base
     here = identify(model, base.macs_per_token, base.macs_per_sequence)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, dict[str, Floats]] = {"fill_sum": {}, "normal": {}, "delta_sum": {}, "delta_normal": {}}
+    fill_sum: dict[str, Floats] = {}
+    normal: dict[str, Floats] = {}
+    delta_sum: dict[str, Floats] = {}
+    delta_normal: dict[str, Floats] = {}
     for pair in path.pairs:
         if pair.name not in path.fill:
             continue
         module = linear_map(model, pair.consumer.module)
-        maps = {("fill_sum", "normal"): module.weight.detach()}
+        parts = [(fill_sum, normal, module.weight.detach())]
         if (name := names[id(module.weight)]) in path.delta:
-            maps["delta_sum", "delta_normal"] = torch.from_numpy(path.delta[name]).to(module.weight)
-        for (sums, normal), weight in maps.items():
-            told = _told(path, pair, axis_first(weight, module, pair.consumer.side))
-            for part, array in zip((sums, normal), told, strict=False):
-                found[part][pair.name] = array
-    return replace(path, pairs=PairList(path.pairs, here, path.pairs.refused), **found)
+            parts.append((delta_sum, delta_normal, torch.from_numpy(path.delta[name]).to(module.weight)))
+        for sums, equations, weight in parts:
+            total, right = _of_all(path, pair, axis_first(weight, module, pair.consumer.side))
+            sums[pair.name] = total
+            if right is not None:
+                equations[pair.name] = right
+    pairs = PairList(path.pairs, here, path.pairs.refused)
+    return replace(path, pairs=pairs, fill_sum=fill_sum, normal=normal, delta_sum=delta_sum, delta_normal=delta_normal)
 
 
-def _told(path: SolutionPath, pair: Pair, weight: Tensor) -> list[Floats]:
-    """What a consumer (places, d) makes of all units' constants, (d,), and where there is compensation its normal
-    equations, (N, d).
+def _of_all(path: SolutionPath, pair: Pair, weight: Tensor) -> tuple[Floats, Floats | None]:
+    """What a consumer (places, d) makes of all units' constants, (d,), and its normal equations (N, d) where there is
+    compensation.
     """
     places = pair.consumer.index(pair.groups, pair.width)
     if pair.name not in path.covariance:
-        return [through(path.fill[pair.name], weight, places).cpu().numpy()]
+        return through(path.fill[pair.name], weight, places).cpu().numpy(), None
     whole = weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
     fill, centre, covariance = (
         torch.from_numpy(part[pair.name]).to(whole) for part in (path.fill, path.centre, path.covariance)
     )
-    return [(constant(fill, centre) @ whole).cpu().numpy(), (covariance @ whole).cpu().numpy()]
+    return (constant(fill, centre) @ whole).cpu().numpy(), (covariance @ whole).cpu().numpy()
 
 
 def _descending(step: Ints) -> Ints:

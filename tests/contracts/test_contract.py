@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ from pathprune.order import UNITS, Unit
 from pathprune.pairs import Pair, Slot
 from pathprune.partial import load_slice
 from pathprune.path import SolutionPath
+from pathprune.recovery.distill import trainable
 from pathprune.slicing import slice_model
-from pathprune.sorting import sort_units
+from pathprune.sorting import rebased, sort_units
 from strategies import EXTREMES, selection_of
 from subjects import ROWS, Inputs, Row, padding
 
@@ -158,7 +160,7 @@ def test_masks_work_in_mixed_precision(subject: Subject) -> None:
 
 
 def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tmp_path: Path) -> None:
-    """And a size of the sorted model, saved whole, can be loaded alone."""
+    """And a size of the sorted model, saved whole, can be loaded alone, with what elastic training would have added."""
     some = selection_of(subject.pairs, "full")  # for its rotations, fills and compensation
     scores = {pair.name: np.random.default_rng(0).random(pair.shape) for pair in subject.pairs}
     moments = {"centre": dict(some.centre), "covariance": dict(some.covariance)}
@@ -171,6 +173,12 @@ def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tm
     expected = run(theirs, subject.inputs, rounded=False)
     assert gap(run(small, subject.inputs, rounded=False), expected) < EXACT
 
+    again = rebased(replace(again, delta=deltas(ordered)), ordered)
+    small = slice_model(ordered, again.select(half))
+    moved = assert_masked(ordered, small, again.select(half), subject.inputs, subject.row, "with deltas")
+    assert gap(run(theirs, subject.inputs), moved) > VISIBLE, "a delta that changes nothing"
+    assert gap(run(ordered, subject.inputs, rounded=False), run(subject.model, subject.inputs, rounded=False)) < EXACT
+
     ordered.save_pretrained(tmp_path)
     again.save(tmp_path)
     options = {"experts_implementation": subject.row.experts} if subject.row.experts else {}
@@ -180,6 +188,12 @@ def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tm
         torch.testing.assert_close(
             loaded[name], parameter, rtol=1e-12, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def deltas(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """For all parameters that are trained."""
+    rng, trained = np.random.default_rng(1), {id(parameter) for parameter in trainable(model)}
+    return {name: 0.1 * rng.normal(size=p.shape) for name, p in model.named_parameters() if id(p) in trained}
 
 
 def test_values_and_outputs_of_a_pair_belong_together(subject: Subject) -> None:

@@ -41,7 +41,7 @@ def elastic(
     *,
     data: Iterable[Mapping[str, Tensor]],
     steps: int = 1000,
-    lr: float = 5e-4,
+    lr: float = 3e-4,
     objective: str | Objective = "auto",
     lowest: float = 0.2,
     seed: int = 0,
@@ -52,8 +52,8 @@ def elastic(
     """The dense model with its units sorted, and a path over it of which every size is recovered.
 
     Both saved into one folder (``save_pretrained``, ``SolutionPath.save``) are a dense checkpoint that plain
-    ``from_pretrained`` reads, and from which ``load_slice`` reads any size. ``model`` is untouched. Where ``path`` comes
-    from here itself, training goes on from there.
+    ``from_pretrained`` reads, and from which ``load_slice`` reads any size. ``model`` is untouched. Where ``path`` is
+    one that came from here, training goes on.
 
     Args:
         model: dense; the teacher, too.
