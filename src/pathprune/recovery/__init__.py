@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from pathprune.data import Batches
 from pathprune.errors import MismatchError
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
-from pathprune.recovery.distill import distill, trainable
+from pathprune.recovery.distill import distill, low_rank, trainable
 from pathprune.recovery.nested import elastic as elastic
 
 LR = 1e-3  # of a model that has lost everything
@@ -42,7 +44,13 @@ def recover(
         lr: peak learning rate. By default 1e-3 times the share of the trained parameters that slicing took away, to
             the power of 1.5: what lost little has little to make good, and is harmed by steps that help what lost much
             (``docs/recovery.md``).
-        steps, objective, seed, bf16, lora_rank: see ``pathprune.recovery.distill.distill``.
+        steps: batches to train on, with AdamW on a one-cycle schedule.
+        objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
+            hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
+        seed: of everything random.
+        bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
+        lora_rank: train an update of this rank of every linear map, and biases and norms; by default all weights but
+            the embedding tables. A low rank wants about three times the learning rate.
         progress: show a bar; by default only on a terminal.
 
     Raises:
@@ -56,19 +64,10 @@ def recover(
     if lr is None:
         lr = LR * (1 - _trained_size(small) / _trained_size(dense)) ** 1.5
     hidden = None if progress is None else not progress
-    with evaluating(dense), evaluating(student):
-        distill(
-            student,
-            teacher,
-            batches,
-            hidden=hidden,
-            steps=steps,
-            lr=lr,
-            objective=objective,
-            seed=seed,
-            bf16=bf16,
-            lora_rank=lora_rank,
-        )
+    update = nullcontext() if lora_rank is None else low_rank(student, lora_rank, seed)
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
+    with evaluating(dense), evaluating(student), update as trained:
+        distill(student, teacher, batches, hidden=hidden, trained=trained, **settings)
     return student
 
 

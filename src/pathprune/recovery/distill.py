@@ -1,10 +1,10 @@
-"""Train a sliced model to imitate the dense one on unlabelled data."""
+"""Train a model to imitate the dense one on unlabelled data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,53 +16,6 @@ from pathprune.data import Batches, check_finite
 from pathprune.errors import DataError
 from pathprune.modes import mixed
 from pathprune.objectives import Objective, Targets, get_objective
-
-
-def distill(
-    student: nn.Module,
-    teacher: nn.Module | Targets,
-    batches: Batches,
-    *,
-    hidden: bool | None,
-    steps: int = 300,
-    lr: float,
-    objective: str | Objective = "auto",
-    seed: int = 0,
-    bf16: bool = False,
-    lora_rank: int | None = None,
-) -> None:
-    """Train in place with AdamW on a one-cycle schedule.
-
-    All weights but the embedding tables are trained: slicing did not touch those, and their
-    optimizer state would cost more than the rest of the model's. With ``lora_rank``, of every linear map only an
-    update of that rank is (LoRA: Hu et al., ICLR 2022), and biases and norms as always; it is added to the weights in
-    the end.
-
-    Args:
-        steps: batches to train on.
-        lr: peak learning rate.
-        objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
-            hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
-        bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
-        lora_rank: rank of the updates; ``None`` trains the weights themselves. A low rank wants about three times the
-            learning rate.
-
-    Raises:
-        DataError: ``steps``, ``lr`` or ``lora_rank`` is not positive, or the loss is not finite.
-    """
-    with nullcontext() if lora_rank is None else _low_rank(student, lora_rank, seed) as trained:
-        imitate(
-            student,
-            teacher,
-            batches,
-            hidden=hidden,
-            steps=steps,
-            lr=lr,
-            objective=objective,
-            seed=seed,
-            bf16=bf16,
-            trained=trained,
-        )
 
 
 class _LowRank(nn.Module):
@@ -79,8 +32,11 @@ class _LowRank(nn.Module):
 
 
 @contextmanager
-def _low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Give every linear map an update to train, which is part of its weight in the end; yields what to train."""
+def low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Give every linear map an update to train, which is part of its weight in the end; yields what to train.
+
+    (LoRA: Hu et al., ICLR 2022.)
+    """
     if rank < 1:
         raise DataError(f"lora_rank={rank} must be positive")
     torch.manual_seed(seed)
@@ -98,7 +54,7 @@ def _low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Para
             remove_parametrizations(module, "weight")
 
 
-def imitate(
+def distill(
     student: nn.Module,
     teacher: nn.Module | Targets,
     batches: Batches,
@@ -114,12 +70,16 @@ def imitate(
     beside_lr: float = 0.0,
     before: Callable[[int], object] | None = None,
 ) -> None:
-    """``distill``, with what ``elastic`` needs more.
+    """Train in place with AdamW on a one-cycle schedule.
 
     Args:
+        hidden: whether the bar is; ``None`` shows it on a terminal only.
         trained: parameters to train; by default all but the embedding tables.
         beside: tensors to train beside the weights, without weight decay, at ``beside_lr``.
         before: is called with the number of each step before the student runs.
+
+    Raises:
+        DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
     """
     if steps < 1 or lr <= 0:
         raise DataError(f"steps={steps} and lr={lr} must be positive")
@@ -161,6 +121,9 @@ def imitate(
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters but embedding tables and what slicing left empty."""
+    """All parameters but what slicing left empty, and embedding tables.
+
+    Slicing did not touch the tables, and their optimizer state would cost more than the rest of the model's.
+    """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return [p for p in model.parameters() if id(p) not in tables and p.numel()]

@@ -29,7 +29,7 @@ from pathprune.masks import attach_masks
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
 from pathprune.path import Floats, SolutionPath
-from pathprune.recovery.distill import imitate, trainable
+from pathprune.recovery.distill import distill, trainable
 from pathprune.sorting import rebased, sort_units
 
 BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
@@ -84,21 +84,19 @@ def elastic(
     hidden = None if progress is None else not progress
     told = compensators(path.centre, path.covariance, batches.device)
     masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told)
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
+    beside = [*sizes.slope.values(), *sizes.shift.values()]
     with evaluating(model), evaluating(student), masks:
-        imitate(
+        distill(
             student,
             teacher or model,
             batches,
             hidden=hidden,
-            steps=steps,
-            lr=lr,
-            objective=objective,
-            seed=seed,
-            bf16=bf16,
             trained=list(student.deltas),
-            beside=[*sizes.slope.values(), *sizes.shift.values()],
+            beside=beside,
             beside_lr=BESIDE_LR,
             before=visit,
+            **settings,
         )
     return ordered, rebased(replace(sizes.path(), delta=student.delta()), ordered)
 
