@@ -15,11 +15,13 @@ import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
 from pathprune import compensation
 from pathprune.budget import Budget
+from pathprune.compensation import by_place, untold
 from pathprune.discovery import identify
 from pathprune.evaluation import fidelity
 from pathprune.masks import attach_masks
 from pathprune.pairs import PairList
 from pathprune.slicing import axis_first
+from strategies import moments
 
 
 def gpt2() -> nn.Module:
@@ -167,8 +169,8 @@ def test_a_mask_s_gradient_is_of_what_the_others_do_not_tell(kind: str) -> None:
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_compensated_models_are_nearer_on_unseen_data(kind: str, tmp_path: Any) -> None:
     model = MODELS[kind]()
-    path = pp.search(model, tiny_batches(count=60), steps=10, multiple=1, progress=False, out=tmp_path / "path")
-    plain = pp.search(model, tiny_batches(count=60), steps=10, multiple=1, progress=False, compensate=False)
+    path = pp.search(model, tiny_batches(count=60), steps=30, multiple=1, progress=False, out=tmp_path / "path")
+    plain = pp.search(model, tiny_batches(count=60), steps=30, multiple=1, progress=False, compensate=False)
     assert not plain.covariance
     losses, sizes = [], []
     for one in (pp.SolutionPath.load(tmp_path / "path"), path, plain):
@@ -177,6 +179,29 @@ def test_compensated_models_are_nearer_on_unseen_data(kind: str, tmp_path: Any) 
         sizes.append(sum(p.numel() for p in small.parameters()))
     assert losses[0] == losses[1] < 0.9 * losses[2]
     assert sorted(file.name.partition("-")[0] for file in (tmp_path / "path").iterdir()) == ["path", "path.json"]
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_a_unit_is_worth_what_units_of_more_value_do_not_tell(make: Any) -> None:
+    """The squared diagonal of one factor is the residual variance of as many regressions."""
+    rng = np.random.default_rng(0)
+    for pair in pp.find_pairs(make()):
+        if not pair.fillable:
+            continue
+        covariance = torch.from_numpy(moments(pair, rng)[1]).double()
+        value = torch.from_numpy(rng.random(pair.shape))
+        share = untold(pair, value, covariance)
+        inner = by_place(pair.by_dim(torch.arange(value.numel()).reshape(pair.shape)), len(covariance))
+        rank = value.flatten()[inner]
+        for unit in range(value.numel()):
+            mine, above = (inner == unit).nonzero()[:, 0], (rank > value.flatten()[unit]).nonzero()[:, 0]
+            left, total = 0.0, 0.0
+            for place in mine.tolist():
+                right = covariance[above, place]
+                told = right @ torch.linalg.solve(covariance[above][:, above], right) if len(above) else 0.0
+                left, total = left + float(covariance[place, place] - told), total + float(covariance[place, place])
+                above = torch.cat([above, torch.tensor([place])])  # heads of a group share their units
+            assert float(share.flatten()[unit]) == pytest.approx(left / total, rel=1e-6)
 
 
 def test_what_loses_nothing_is_as_it_was() -> None:

@@ -38,7 +38,7 @@ def same_path(a: SolutionPath, b: SolutionPath) -> None:
 def test_search_gives_a_complete_path(dynamics: str, tmp_path: Path) -> None:
     model = tiny_bert()
     path = run(model, dynamics=dynamics, out=tmp_path)
-    assert path.trajectory.gamma_l1.shape == (11, len(path.pairs))
+    assert path.trajectory.gamma_l1.shape == (10, len(path.pairs))
     assert path.config["dynamics"] == dynamics
     assert path.config["seed"] == 0
     assert {"torch", "transformers", "pathprune"} <= set(path.versions)
@@ -63,7 +63,7 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(searching._Run, "_step", spy)
     run(model, unit="mixed")
-    assert len({level for _, level, _ in visited}) == len(visited) == 11
+    assert len({level for _, level, _ in visited}) == len(visited) == 10
     for path, level, masks in visited:
         shipped = path.select(Budget(keep=level))
         for pair in path.pairs:

@@ -157,6 +157,24 @@ class _Hook:
         return rotated(mean), rotated(rotated(spread).mT)
 
 
+def untold(pair: Pair, value: Tensor, covariance: Tensor) -> Tensor:
+    """(G, U), the share of each unit's variance that the units of more value do not tell.
+
+    By the Cholesky factor in the order of value: its squared diagonal is what is left of each input's variance, given
+    those before it. Where units go from the last on, that is what each is worth at the moment it goes.
+
+    Args:
+        value: (G, U).
+        covariance: (N, N), of what the consumer reads of the pair.
+    """
+    unit = by_place(pair.by_dim(torch.arange(value.numel()).reshape(value.shape)), len(covariance))
+    order = value.flatten()[unit].argsort(descending=True, stable=True)
+    left = cholesky(covariance[order][:, order].double()).diagonal().square()
+    zeros = torch.zeros(value.numel(), dtype=torch.float64)
+    share = zeros.index_add(0, unit[order], left) / zeros.index_add(0, unit, covariance.diagonal().double())
+    return share.reshape(value.shape).to(value)
+
+
 class Compensator:
     """Tells the inputs of a consumer that leave from those that stay.
 
@@ -202,13 +220,22 @@ def solve(covariance: Tensor, right: Tensor) -> Tensor:
     Raises:
         MismatchError: the covariance is none.
     """
+    return torch.cholesky_solve(right, cholesky(covariance))
+
+
+def cholesky(covariance: Tensor) -> Tensor:
+    """The covariance's lower factor.
+
+    Raises:
+        MismatchError: it is not positive definite.
+    """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         raise MismatchError(
             "a covariance of the path is not positive definite; gather it anew with "
             "pathprune.compensate(model, path, data)"
         )
-    return torch.cholesky_solve(right, factor)
+    return factor
 
 
 def folded(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate
 from pathprune.budget import Budget
-from pathprune.compensation import compensators, gather
+from pathprune.compensation import compensators, gather, untold
 from pathprune.data import Batches, check_finite
 from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
@@ -100,7 +100,7 @@ class SearchConfig:
 
     @property
     def curvature_steps(self) -> int:
-        return max(1, self.steps // 25)
+        return max(1, self.steps // 6)
 
     @property
     def path_steps(self) -> int:
@@ -229,7 +229,9 @@ class _Run:
                 tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
                 write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
         kind = DYNAMICS[self.config.dynamics]
-        self.driver = self._driver(kind.begin(self.config, self._probe(first), self.params))
+        probes = self._probe(first)
+        probes *= self._untold(probes).sqrt()
+        self.driver = self._driver(kind.begin(self.config, probes, self.params))
         self.complete = 0, self.driver.state
 
     @property
@@ -270,6 +272,16 @@ class _Run:
                 rows.append(torch.autograd.grad(value, ones)[0].float().cpu())
         self.masks.clear()
         return torch.cat(rows)
+
+    def _untold(self, probes: Tensor) -> Tensor:
+        """(N,), the share of each unit that compensation cannot make up for; see ``pathprune.compensation.untold``."""
+        shares = {pair.name: torch.ones(pair.shape) for pair in self.pairs}
+        values = self.split(probes.square().mean(0) / self.params)
+        for pair in self.pairs:
+            if pair.name in self.covariance:
+                covariance = torch.from_numpy(self.covariance[pair.name])
+                shares[pair.name] = untold(pair, values[pair.name], covariance)
+        return self.join(shares)
 
     def precision(self) -> torch.autocast:
         return mixed(self.batches.device, self.config.bf16)
