@@ -135,16 +135,19 @@ def main() -> None:
     arguments = parser(__doc__, steps=None, seeds=3)
     arguments.add_argument("--model", required=True, choices=list(MODELS))
     arguments.add_argument("--plot", type=Path, help="SVG file to write")
+    arguments.add_argument("--keeps", type=float, nargs="+", metavar="SHARE", help="sizes, in place of the model's own")
     arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     args = arguments.parse_args()
 
     subject = MODELS[args.model](args.split)
+    subject.keeps = tuple(args.keeps or subject.keeps)
     steps = args.steps or subject.steps
     searched = subject.searched.requires_grad_(False)
     searched.config.use_cache = False
     dense_quality = subject.quality(subject.dense)
     print(json.dumps({"dense": dense_quality}), flush=True)
-    setting = {"model": subject.label, "split": args.split, "steps": steps, "settings": search_settings(args)}
+    asked = {"model": subject.label, "split": args.split, "steps": steps, "keeps": list(subject.keeps)}
+    setting: dict[str, Any] = {**asked, "settings": search_settings(args)}
     commands, runs = [command()], held(args.out, setting)
     if args.out.exists():
         commands = [*json.loads(args.out.read_text())["commands"], *commands]
