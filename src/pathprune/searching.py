@@ -44,7 +44,7 @@ class SearchConfig:
     Args:
         objective: name of the objective, or of a user's own class; what ``"auto"`` chose, not ``"auto"`` itself.
         dynamics: ``"sampled"``, ``"lbi"`` or ``"spp-released"`` (``pathprune.dynamics``).
-        steps: forward-backward passes in all; one in 25 measures curvature before the first update.
+        steps: forward-backward passes in all; one in six measures curvature before the first update.
         seed: of everything random.
         unit, multiple: see ``SolutionPath``.
         basis: rotate heads into balanced bases first (``pathprune.basis``).
