@@ -215,7 +215,7 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
     texts, out = dense.parent / "texts.txt", tmp_path / "run"
-    command = [*COMMAND, "search", dense, "--data", texts, "--out", out, "--steps", "3000", "--batch-size", "4"]
+    command = [*COMMAND, "search", dense, "--data", texts, "--out", out, "--steps", "1200", "--batch-size", "4"]
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -239,10 +239,10 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Pat
     assert "--resume" in stderr
     assert "Traceback" not in stderr
     reached = step()
-    assert 0 < reached < 2500
-    call("search", dense, "--data", texts, "--out", out, "--steps", 3000, "--batch-size", 4, "--resume", "--json")
+    assert 0 < reached < 1000
+    call("search", dense, "--data", texts, "--out", out, "--steps", 1200, "--batch-size", 4, "--resume", "--json")
     path = SolutionPath.load(out)
-    assert len(path.trajectory.loss) == 2500
+    assert len(path.trajectory.loss) == 1000
     assert not (out / "checkpoint.json").exists()
 
 

@@ -345,6 +345,7 @@ def test_attention_implementations_agree(subject: Subject) -> None:
         assert gap(found[0], found[-1]) < SINGLE, case
 
 
+@pytest.mark.slow
 def test_torch_compile(subject: Subject) -> None:
     small = sliced(subject, "fewer heads")
     graphs = []
