@@ -146,8 +146,13 @@ def main() -> None:
     searched.config.use_cache = False
     dense_quality = subject.quality(subject.dense)
     print(json.dumps({"dense": dense_quality}), flush=True)
-    asked = {"model": subject.label, "split": args.split, "steps": steps, "keeps": list(subject.keeps)}
-    setting: dict[str, Any] = {**asked, "settings": search_settings(args)}
+    setting: dict[str, Any] = {
+        "model": subject.label,
+        "split": args.split,
+        "steps": steps,
+        "keeps": list(subject.keeps),
+        "settings": search_settings(args),
+    }
     commands, runs = [command()], held(args.out, setting)
     if args.out.exists():
         commands = [*json.loads(args.out.read_text())["commands"], *commands]
