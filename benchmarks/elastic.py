@@ -13,7 +13,6 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,6 @@ LIMIT = 0.1  # of the remaining loss
 def main() -> None:
     arguments = parser(__doc__, steps=MiniLM.steps, seeds=3)
     arguments.add_argument("--recover-steps", type=int, default=350, help="of each size's own recovery")
-    arguments.add_argument("--path", type=Path, help="of a search that was made before, in place of one for every seed")
     arguments.add_argument("--lr", type=float, default=3e-4, help="of the elastic run alone")
     arguments.add_argument("--lowest", type=float, default=0.2, help="smallest size that the elastic run visits")
     arguments.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
@@ -39,18 +37,15 @@ def main() -> None:
 
     subject = MiniLM(args.split)
     dense, judge = subject.dense, subject.judge
+    searched: dict[str, Any] = {"bf16": args.bf16, **search_settings(args)}
 
     def loss(model: nn.Module) -> float:
         return 1 - fidelity(model, judge.dense, judge.unseen)
 
     runs: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        if args.path:
-            path = pp.SolutionPath.load(args.path)
-        else:
-            path = pp.search(
-                dense, subject.batches(seed, args.steps), steps=args.steps, seed=seed, **search_settings(args)
-            )
+        batches = subject.batches(seed, args.steps)
+        path = pp.search(dense, batches, steps=args.steps, seed=seed, **searched)
         data = demo.calibration(subject.tokenizer, seed)
         teacher = Targets(dense, HiddenObjective())  # its outputs are known to both after their first round
         shared: dict[str, Any] = {"data": data, "teacher": teacher, "seed": seed, "bf16": args.bf16}
@@ -78,6 +73,7 @@ def main() -> None:
         "model": subject.label,
         "split": args.split,
         "loss": subject.loss_label,
+        "search": {"steps": args.steps, **searched},
         "recover_steps_each": args.recover_steps,
         "elastic_steps": total,
         "lr": args.lr,

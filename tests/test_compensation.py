@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -137,6 +139,24 @@ def test_what_others_tell_exactly_may_leave_without_loss(monkeypatch: pytest.Mon
     unseen = tiny_batches(seed=1)
     assert 1 - fidelity(pp.slice_model(model, told), model, unseen) < 1e-4
     assert 1 - fidelity(pp.slice_model(model, replace(told, centre={}, covariance={})), model, unseen) > 1e-2
+
+
+@given(count=st.integers(0, 40), seed=st.integers(0, 1000))
+def test_a_fit_is_the_same_from_either_side(count: int, seed: int) -> None:
+    """By the covariance of what stays, or by the precision of what leaves; in the search's float32, too."""
+    noise = torch.Generator().manual_seed(seed)
+    rows = torch.randn(60, 40, generator=noise, dtype=torch.float64) * torch.logspace(-2, 2, 40, dtype=torch.float64)
+    covariance = rows.mT @ rows / len(rows)
+    covariance.diagonal().add_(compensation.RIDGE * covariance.diagonal().mean())
+    keep = torch.randperm(40, generator=noise) < count
+    deviation = covariance.diagonal().sqrt()
+    expected = torch.linalg.solve(covariance[keep][:, keep], covariance[keep][:, ~keep])
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+        left, gone, fitted = compensation.Compensator(torch.zeros(40).to(dtype), covariance.to(dtype)).fit(keep)
+        assert torch.equal(left, keep.nonzero()[:, 0])
+        assert torch.equal(gone, (~keep).nonzero()[:, 0])
+        share = (fitted.double() - expected) * deviation[left].unsqueeze(1) / deviation[gone]
+        assert float(share.abs().amax() if share.numel() else 0) < tolerance
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
