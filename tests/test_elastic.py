@@ -31,8 +31,9 @@ SIZES = (0.75, 0.5, 0.25)
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "compensated"])
 def searched(request: pytest.FixtureRequest) -> tuple[BertModel, SolutionPath]:
+    """From a search of two steps, which leaves much to recover."""
     model, data = tiny_bert(), tiny_batches(count=12)
-    return model, pp.search(model, data, steps=20, multiple=4, progress=False, compensate=request.param)
+    return model, pp.search(model, data, steps=2, multiple=4, progress=False, compensate=request.param)
 
 
 def losses(model: torch.nn.Module, path: SolutionPath, dense: torch.nn.Module) -> list[float]:
@@ -46,14 +47,14 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
     dense, path = searched
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     data = tiny_batches(count=40)
-    model, again = pp.elastic(dense, path, data=data, steps=300, lr=3e-3, progress=False)
+    model, again = pp.elastic(dense, path, data=data, steps=150, lr=3e-3, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in (*dense.parameters(), *model.parameters()))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.config.to_dict() == dense.config.to_dict()
     found, start = losses(model, again, dense), losses(dense, path, dense)
-    assert all(a < 0.9 * b for a, b in zip(found[1:3], start[1:3], strict=True))
-    assert found[0] < 1.2 * start[0]  # with compensation, there is little left to recover
+    assert all(a < 0.8 * b for a, b in zip(found[1:3], start[1:3], strict=True))
+    assert found[0] < 0.9 * start[0]
     assert found[3] < 1e-6  # the dense model is what it was
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if "embed" in name)
     assert again.order.step.keys() == path.order.step.keys()
@@ -107,7 +108,6 @@ def test_experts_are_recovered_too() -> None:
     assert any(pair.stacked for pair in path.pairs)
     model, again = pp.elastic(dense, path, data=data, steps=120, lr=1e-3, progress=False)
     found, start = losses(model, again, dense), losses(dense, path, dense)
-    print(found, start)
     assert found[0] < start[0]
     assert all(a < 0.9 * b for a, b in zip(found[1:3], start[1:3], strict=True))
 
