@@ -38,7 +38,7 @@ KEEPS = (0.75, 0.5, 0.25)
 SEARCH_TOKENS = 48
 ARTICLE_TOKENS = 64
 LATENCY_TOKENS = 128
-SEARCH_BATCHES = 40  # of 16 texts, ten times round: the dense model's outputs are computed once
+SEARCH_BATCHES = 40  # of 16 texts, which the search goes round: the dense model's outputs are computed once
 CENTROID_ARTICLES = 400
 # Shares of the shuffled articles: most for search and recovery, two parts held out. The second
 # was used to choose pathprune's defaults, so the demo reports on the third.
