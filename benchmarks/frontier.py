@@ -71,7 +71,7 @@ def held(out: Path, setting: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         return {}
     record = json.loads(out.read_text())
     if differs := [
-        f"{name}={record[name]!r}, now {setting[name]!r}" for name in setting if record[name] != setting[name]
+        f"{name}={record.get(name)!r}, now {setting[name]!r}" for name in setting if record.get(name) != setting[name]
     ]:
         raise SystemExit(f"{out} holds runs with {'; '.join(differs)}. Choose another --out, or remove it")
     return {name: [run for run in runs if "error" not in run] for name, runs in record["runs"].items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -157,6 +157,55 @@ def test_a_fit_is_the_same_from_either_side(count: int, seed: int) -> None:
         assert torch.equal(gone, (~keep).nonzero()[:, 0])
         share = (fitted.double() - expected) * deviation[left].unsqueeze(1) / deviation[gone]
         assert float(share.abs().amax() if share.numel() else 0) < tolerance
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_masks_and_slices_agree(kind: str, fill: bool) -> None:
+    model = MODELS[kind]().double()
+    selection = random_path(model, fill=fill, basis=True).select(Budget(keep=0.5))
+    small, batch = pp.slice_model(model, selection), tiny_batches(seed=1)[0]
+    with torch.no_grad():
+        expected = small(**batch)[0]
+        with pp.masked(model, selection):
+            torch.testing.assert_close(model(**batch)[0], expected, rtol=0, atol=1e-10)
+
+
+@given(far=st.floats(0, 1e4), seed=st.integers(0, 100))
+@settings(max_examples=10, deadline=None)
+def test_a_large_mean_does_not_drown_what_varies(far: float, seed: int) -> None:
+    model: Any = tiny_bert()
+    pair = next(pair for pair in pp.find_pairs(model) if pair.kind == "mlp")
+    noise = torch.Generator().manual_seed(seed)
+    hook = compensation._Hook(pair, None, [None])
+    near = compensation._Hook(pair, None, [None])
+    for _ in range(3):
+        x, y = torch.randn(200, pair.width, generator=noise) + far, torch.randn(200, 4, generator=noise)
+        hook(model, (x,), y)
+        near(model, (x - far,), y)  # exact, where x is far: both are multiples of x's last bit
+    mean, spread = hook.central()
+    torch.testing.assert_close(spread, near.central()[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(mean - far, near.central()[0], rtol=0, atol=1e-4 + 1e-6 * far)
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_values_that_never_vary_are_no_error(bias: float) -> None:
+    model: Any = tiny_bert()
+    pair = [pair for pair in pp.find_pairs(model) if pair.kind == "vo"][1]
+    with torch.no_grad():
+        value = model.get_submodule(pair.mask_slot.module)
+        value.weight.zero_()
+        value.bias.fill_(bias)
+    path = pp.search(model, tiny_batches(), steps=6, progress=False)
+    assert pair.name in path.covariance
+    pp.slice_model(model, path.select(Budget(keep=0.5)))
+
+
+def test_the_path_of_a_sorted_model_is_refused() -> None:
+    model = tiny_bert()
+    ordered, path = pp.sort_units(model, random_path(model, fill=True, basis=True))
+    with pytest.raises(pp.MismatchError, match="compensate the path of the search, then"):
+        pp.compensate(ordered, path, tiny_batches(), progress=False)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))

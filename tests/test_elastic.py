@@ -20,7 +20,7 @@ from conftest import Subject, assert_same_model, randomise, tiny_inputs
 from helpers import VOCAB, tiny_batches, tiny_bert
 from pathprune import partial
 from pathprune.evaluation import fidelity
-from pathprune.objectives import HiddenObjective
+from pathprune.objectives import HiddenObjective, Targets
 from pathprune.path import SolutionPath
 from pathprune.recovery.nested import _Sizes
 from pathprune.sorting import rebased
@@ -92,6 +92,20 @@ def test_same_seed_same_weights(searched: tuple[BertModel, SolutionPath]) -> Non
         assert getattr(first, part).keys() == getattr(second, part).keys()
         for name, array in getattr(first, part).items():
             np.testing.assert_array_equal(array, getattr(second, part)[name])
+
+
+def test_the_teacher_is_evaluated(searched: tuple[BertModel, SolutionPath]) -> None:
+    """Dropout would be in every remembered target."""
+    dense, path = searched
+    taught = tiny_bert()
+    taught.config.hidden_dropout_prob = 0.5
+    for module in taught.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    teacher, (batch, *_) = Targets(taught.train(), HiddenObjective()), tiny_batches()
+    pp.elastic(dense, path, data=[batch], steps=1, teacher=teacher, progress=False)
+    assert taught.training
+    assert torch.equal(teacher(batch), Targets(taught.eval(), HiddenObjective())(batch))
 
 
 def test_experts_are_recovered_too() -> None:

@@ -328,6 +328,13 @@ def test_large_targets_are_not_kept(models: dict[str, Any], monkeypatch: pytest.
     assert len(targets.known) == 2
 
 
+def test_targets_of_other_shapes_are_others(models: dict[str, Any]) -> None:
+    """Two batches of the same bytes."""
+    ids, targets = torch.arange(3, 11), Targets(models["llama"], LogitsObjective())
+    assert [len(targets({"input_ids": ids.view(shape)})) for shape in ((2, 4), (4, 2))] == [8, 8]
+    assert len(targets.known) == 2
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert classifier"])
 def test_a_model_with_a_head_goes_all_the_way(kind: str, models: dict[str, Any]) -> None:
     """Search, slice, recover and measure by logits: training brings the output distribution nearer."""

@@ -70,6 +70,15 @@ def test_recovered_model_saves_and_loads(tmp_path: object) -> None:
         assert torch.equal(again(**batch).last_hidden_state, recovered(**batch).last_hidden_state)
 
 
+@pytest.mark.parametrize("steps", [1, 8, 9, 10, 19])
+def test_any_number_of_steps_has_a_schedule(steps: int) -> None:
+    teacher = tiny_bert()
+    small = half(teacher)
+    recovered = pp.recover(small, teacher=teacher, data=tiny_batches(), steps=steps, progress=False)
+    trained = zip(recovered.parameters(), small.parameters(), strict=True)
+    assert not all(torch.equal(after, before) for after, before in trained)
+
+
 def test_same_seed_same_weights() -> None:
     teacher = tiny_bert()
     small = half(teacher)

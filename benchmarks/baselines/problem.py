@@ -76,7 +76,8 @@ class Problem:
 
     def path(self, scores: Scores, *, unit: Unit = "mixed", fill: Scores | None = None) -> pp.SolutionPath:
         """The family of a ranking, by our rectangle rule, in widths that are multiples of what ours are."""
-        path = pp.SolutionPath.from_scores(self.pairs, scores, unit=unit, multiple=SearchConfig().multiple)
+        multiple = self.settings.get("multiple", SearchConfig().multiple)
+        path = pp.SolutionPath.from_scores(self.pairs, scores, unit=unit, multiple=multiple)
         return path if fill is None else replace(path, fill={name: part.numpy() for name, part in fill.items()})
 
     def per_cost(self, flat: Tensor) -> dict[str, Tensor]:

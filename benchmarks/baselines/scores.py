@@ -158,11 +158,13 @@ def overlaps(problem: Problem) -> dict[str, Tensor]:
 
     pairs = [pair for pair in problem.pairs if pair.kind != "qk"]
     handles = [problem.dense.get_submodule(pair.consumer.module).register_forward_hook(gather(pair)) for pair in pairs]
-    for batch in problem.batches:
-        mask = batch.get("attention_mask")
-        problem.dense(**batch)
-    for handle in handles:
-        handle.remove()
+    try:
+        for batch in problem.batches:
+            mask = batch.get("attention_mask")
+            problem.dense(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     for pair in pairs:
         index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width)).transpose(0, 1).flatten(1)  # (R, G D)
         rows = weights(problem, pair, pair.consumer).transpose(0, 1).flatten(1, 2).double()  # (R, G D, outputs)

@@ -92,6 +92,8 @@ def calibrate(
 ) -> Calibration:
     """Bases, and moments for the fill, from forward passes over ``batches``."""
     moments: dict[Slot, Moments] = {}
+    if not rotate and not fill:
+        return Calibration()
     with torch.no_grad(), _gathered(model, pairs, moments) as start:
         for batch in batches:
             start(batch)

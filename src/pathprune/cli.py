@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from enum import Enum
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,13 +25,13 @@ app = typer.Typer(
 )
 
 
-class Dynamics(str, Enum):
+class Dynamics(StrEnum):
     sampled = "sampled"
     lbi = "lbi"
     spp_released = "spp-released"
 
 
-class UnitName(str, Enum):
+class UnitName(StrEnum):
     mixed = "mixed"
     dim = "dim"
     shared = "shared"

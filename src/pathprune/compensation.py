@@ -68,11 +68,16 @@ def compensate(
         progress: show a bar; by default only on a terminal.
 
     Raises:
-        MismatchError: the path is of another model.
+        MismatchError: the path is of another model, or of one whose units are sorted.
         DataError: empty data, wrong keys, or activations that are not finite.
     """
     from pathprune.discovery import check_base
 
+    if path.fill_sum:
+        raise MismatchError(
+            "the path is of a model with sorted units, whose sums go by its covariances; compensate the path of the "
+            "search, then sort_units or elastic"
+        )
     if count < 1:
         raise DataError(f"count={count} must be positive")
     check_base(model, path.pairs)
@@ -117,37 +122,46 @@ def gather(
         if not torch.isfinite(hook.moment).all():
             raise DataError(f"what {name} computes is not finite; check the data, or load the model in float32")
         mean, spread = hook.central()
-        spread.diagonal().add_(RIDGE * spread.diagonal().mean())
+        # An input that never changes has no variance: there the ridge is by its size, or anything.
+        ridge = torch.maximum(RIDGE * spread.diagonal().mean(), 1e-6 * mean.square().mean())
+        spread.diagonal().add_(ridge if ridge > 0 else 1.0)
         centre[name], covariance[name] = mean.cpu().float().numpy(), spread.cpu().float().numpy()
     return centre, covariance
 
 
 class _Hook:
-    """Adds up the moments of one consumer's input."""
+    """Adds up the moments of one consumer's input, about its mean in the first batch: what varies little beside its
+    mean would drown in the rounding of its square.
+    """
 
     def __init__(self, pair: Pair, basis: Floats | None, real: list[Tensor | None]) -> None:
         index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
         self.shape, self.index = index.shape, torch.from_numpy(index.ravel())
         self.module, self.basis, self.real = pair.consumer.module, basis, real
+        self.pilot: Tensor | None = None
         self.moment: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].index_select(-1, self.index.to(args[0].device))
-        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         real = self.real[0]
         if real is not None and real.shape == x.shape[:-1]:  # padding tokens do not count
             x, output = x[real.bool()], output[real.bool()]
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = 1 / output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True).clamp_min(1e-6)
-        x = x.flatten(0, -2).to(wide) * weight
+        x = x.flatten(0, -2).to(wide)
+        if self.pilot is None:
+            self.pilot = x.mean(0)
+        x = torch.cat([x - self.pilot, torch.ones_like(x[:, :1])], 1) * weight
         self.moment = x.mT @ x if self.moment is None else self.moment + x.mT @ x
 
     def central(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance, in the basis."""
         assert self.moment is not None
+        assert self.pilot is not None
         moment = self.moment.double() / self.moment[-1, -1].double()
-        mean = moment[-1, :-1]
-        spread = moment[:-1, :-1] - mean.unsqueeze(1) * mean
+        off = moment[-1, :-1]
+        spread = moment[:-1, :-1] - off.unsqueeze(1) * off
+        mean = self.pilot + off
         if self.basis is None:
             return mean, spread
         rotation = torch.from_numpy(self.basis).to(moment)
@@ -204,6 +218,7 @@ class Compensator:
                 bring back: what it is, less what the others tell of it.
             fill: (G, D).
         """
+        mask, fill = mask.to(self.centre.device), fill.to(self.centre.device)
         mask, fill = by_place(mask, len(self.centre)), constant(fill, self.centre)
         left, gone, fitted = self.fit(mask.detach() != 0)
         told: Tensor = _Told.apply(x, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
@@ -246,7 +261,7 @@ def cholesky(covariance: Tensor) -> Tensor:
     if failed:
         raise MismatchError(
             "a covariance of the path is not positive definite; gather it anew with "
-            "pathprune.compensate(model, path, data)"
+            "pathprune.compensate(model, path, data), or search with compensate=False"
         )
     return factor
 
@@ -271,7 +286,8 @@ def by_place(by_dim: Tensor, inner: int) -> Tensor:
 
 def constant(fill: Tensor, centre: Tensor) -> Tensor:
     """(N,), c: a fill (G, D), which heads of one group share, as far apart for each head as their means (N,) are."""
-    means = centre.to(fill).unflatten(0, (len(fill), -1, fill.shape[1]))  # (G, R, D)
+    fill = fill.to(centre)
+    means = centre.unflatten(0, (len(fill), -1, fill.shape[1]))  # (G, R, D)
     return by_place(fill, len(centre)) + (means - means.mean(1, keepdim=True)).flatten()
 
 

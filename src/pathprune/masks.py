@@ -36,7 +36,8 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     masks = {pair.name: torch.from_numpy(selection.mask(pair)) for pair in thinned}
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
     device = next(model.parameters()).device
-    told = compensators(selection.centre, selection.covariance, device, torch.float64)
+    covariance = {name: array for name, array in selection.covariance.items() if name in masks}
+    told = compensators(selection.centre, covariance, device, torch.float64)
     with at_size(model, selection), attach_masks(model, selection.pairs, masks, fill, selection.basis, told):
         yield model
 

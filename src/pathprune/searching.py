@@ -34,6 +34,7 @@ Dynamics = Literal["sampled", "lbi", "spp-released"]
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_EVERY = 50  # steps
+CURVATURE_SHARE = 6  # one step in so many
 STATISTICS_BATCHES = 64
 
 
@@ -100,7 +101,8 @@ class SearchConfig:
 
     @property
     def curvature_steps(self) -> int:
-        return max(1, self.steps // 6)
+        """None for the published code, which asks for no curvature."""
+        return 0 if self.dynamics == "spp-released" else max(1, self.steps // CURVATURE_SHARE)
 
     @property
     def path_steps(self) -> int:
@@ -212,8 +214,8 @@ class _Run:
     def start(self) -> None:
         """Measure bases, fills and curvature, and begin."""
         if self.out is not None:
-            write_artifact(self.out, "checkpoint", {"format": CHECKPOINT_FORMAT, "step": None}, {})
-        first = self.batches.take(self.config.curvature_steps)
+            write_artifact(self.out, "checkpoint", self._meta(None), {})
+        first = self.batches.take(max(1, self.config.steps // CURVATURE_SHARE))
         self.found = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
         if self.config.compensates:
             self.centre, self.covariance = gather(
@@ -229,8 +231,10 @@ class _Run:
                 tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
                 write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
         kind = DYNAMICS[self.config.dynamics]
-        probes = self._probe(first)
-        probes *= self._untold(probes).sqrt()
+        probes = torch.zeros(1, sum(self.sizes))
+        if self.config.curvature_steps:
+            probes = self._probe(first)
+            probes *= self._untold(probes).sqrt()
         self.driver = self._driver(kind.begin(self.config, probes, self.params))
         self.complete = 0, self.driver.state
 
@@ -383,22 +387,21 @@ class _Run:
         for part, arrays in asdict(self.found).items():
             tensors |= {f"{part}/{name}": array for name, array in arrays.items()}
         tensors |= {f"trajectory/{name}": array for name, array in asdict(self._trajectory()).items()}
-        meta = {
-            "format": CHECKPOINT_FORMAT,
-            "step": done,
-            "base": asdict(self.pairs.base),
-            "config": asdict(self.config),
-        }
-        write_artifact(self.out, "checkpoint", meta, tensors)
+        write_artifact(self.out, "checkpoint", self._meta(done), tensors)
+
+    def _meta(self, step: int | None) -> dict[str, Any]:
+        """What a checkpoint is of; ``None`` before the first update."""
+        base, config = asdict(self.pairs.base), asdict(self.config)
+        return {"format": CHECKPOINT_FORMAT, "step": step, "base": base, "config": config}
 
     def restore(self) -> None:
         """Go back to the last checkpoint."""
         assert self.out is not None
         meta, tensors = read_artifact(self.out, "checkpoint", CHECKPOINT_FORMAT)
+        _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
         if meta.get("step") is None:  # it was stopped before the first update
             self.start()
             return
-        _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
         if self.config.compensates:
             tensors |= read_artifact(self.out, "statistics", CHECKPOINT_FORMAT)[1]
         names = ("state", "basis", "mean", "std", "centre", "covariance", "trajectory")

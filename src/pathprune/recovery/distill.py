@@ -97,7 +97,8 @@ def distill(
         if beside:
             optimizer.add_param_group({"params": list(beside), "weight_decay": 0.0})
             peaks.append(beside_lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=0.1)
+        warm_up = 0.1 if steps >= 10 else 0.0  # OneCycleLR divides by its length in steps less one, which may be 0
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=warm_up)
         stream = iter(batches)
         with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
             for step in bar:

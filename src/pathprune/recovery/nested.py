@@ -86,7 +86,7 @@ def elastic(
     masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
     beside = [*sizes.slope.values(), *sizes.shift.values()]
-    with evaluating(model), evaluating(student), masks:
+    with evaluating(model if teacher is None else teacher.teacher), evaluating(student), masks:
         distill(
             student,
             teacher or model,
