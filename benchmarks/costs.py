@@ -36,14 +36,16 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
     with _frozen(model):
         run = _Run(model, pairs, Batches(model, batches), objective, SearchConfig(steps=10 * rounds), None, False)
         run.start()
-        for batch in islice(iter(Batches(model, batches)), rounds):
+        same = list(islice(iter(Batches(model, batches)), rounds))
+        for batch in same:
             embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {key: value for key, value in batch.items() if key != "input_ids"}
             start = time.perf_counter()
             loss = objective.target(model(inputs_embeds=embedded, **rest), batch).sum()
             torch.autograd.grad(loss, embedded)
             dense.append(time.perf_counter() - start)
-            with run.attached():
+        with run.attached():  # once, as in a search: the first step inverts the covariances
+            for batch in same:
                 for taken in (fresh, known):  # the second visit finds the dense model's output remembered
                     start = time.perf_counter()
                     run._step(batch)

@@ -148,8 +148,10 @@ class SmolLM2:
         self.dense_perplexity = perplexity(self.dense, self.unseen)
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
-        shift = seed * steps % len(self.known)  # other seeds read other articles
-        return (self.known[shift:] + self.known[:shift])[:steps]
+        """390 batches of two windows; a longer search goes round them."""
+        count = min(steps, self.steps)
+        shift = seed * count % len(self.known)  # other seeds read other articles
+        return (self.known[shift:] + self.known[:shift])[:count]
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         found = perplexity(model, self.unseen)
