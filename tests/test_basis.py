@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5Model
 
 from conftest import Subject, snapshot, tiny_inputs
 from pathprune.basis import Calibration, Moments, calibrate
+from pathprune.compensation import gather
+from pathprune.data import Batches
+from pathprune.discovery import find_pairs
 from pathprune.masks import attach_masks
 from pathprune.pairs import Pair, Slot
 
@@ -136,6 +140,36 @@ def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> N
     for part in ("basis", "mean", "std"):
         for name, array in getattr(calibration, part).items():
             np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
+    """Encoder and decoder of the same length, other ends: what stands under either padding is not read."""
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0)
+    torch.manual_seed(0)
+    model = T5Model(config).eval()
+    batch = {
+        "input_ids": torch.randint(2, 50, (4, 6)),
+        "attention_mask": (torch.arange(6) < torch.tensor([[6], [5], [3], [2]])).long(),
+        "decoder_input_ids": torch.randint(2, 50, (4, 6)),
+        "decoder_attention_mask": (torch.arange(6) < torch.tensor([[2], [6], [4], [5]])).long(),
+    }
+    garbled = {
+        **batch,
+        "input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), torch.tensor(1)),
+        "decoder_input_ids": batch["decoder_input_ids"].where(batch["decoder_attention_mask"].bool(), torch.tensor(1)),
+    }
+    pairs = find_pairs(model, batch)
+    found, again = (calibrate(model, pairs, [one], rotate=True, fill=True) for one in (batch, garbled))
+    assert any("EncDec" in name for name in found.mean)
+    for part in ("basis", "mean", "std"):
+        for name, array in getattr(found, part).items():
+            np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+    gathered = [
+        gather(model, pairs, Batches(model, [one]), found.basis, count=1, progress=False) for one in (batch, garbled)
+    ]
+    for first, second in zip(*gathered, strict=True):
+        for name, array in first.items():
+            np.testing.assert_allclose(second[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_nothing_is_gathered_where_nothing_is_wanted(subject: Subject) -> None:

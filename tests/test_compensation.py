@@ -177,8 +177,8 @@ def test_a_large_mean_does_not_drown_what_varies(far: float, seed: int) -> None:
     model: Any = tiny_bert()
     pair = next(pair for pair in pp.find_pairs(model) if pair.kind == "mlp")
     noise = torch.Generator().manual_seed(seed)
-    hook = compensation._Hook(pair, None, [None])
-    near = compensation._Hook(pair, None, [None])
+    hook = compensation._Hook(pair, None)
+    near = compensation._Hook(pair, None)
     for _ in range(3):
         x, y = torch.randn(200, pair.width, generator=noise) + far, torch.randn(200, 4, generator=noise)
         hook(model, (x,), y)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pathprune.outputs import module_mask
 from pathprune.pairs import Pair, PairList, Slot
 from pathprune.slicing import axis_first
 
@@ -145,10 +146,16 @@ def _factor(moment: Tensor) -> Tensor:
 @contextmanager
 def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -> Iterator[Any]:
     """Hooks that gather moments at every inner activation; yields a function to announce a batch."""
-    mask: list[Tensor | None] = [None]
+    current: Mapping[str, Any] = {}
+    encoded: Tensor | None = None
+
+    def keep_encoded(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal encoded
+        encoded = output[0]
 
     def start(batch: Mapping[str, Any]) -> None:
-        mask[0] = batch.get("attention_mask")
+        nonlocal current
+        current = batch
 
     def gather(pair: Pair, slot: Slot) -> Any:
         store = moments.setdefault(slot, Moments())
@@ -156,7 +163,11 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             y = args[0] if output is None else output
-            real = mask[0] if mask[0] is not None and mask[0].shape == y.shape[:-1] else None
+            # Keys and values of cross-attention lie in the decoder, and see the encoder's tokens.
+            crossed = args[0] is encoded
+            real = current.get("attention_mask") if crossed else module_mask(model, current, slot.module)
+            if real is not None and real.shape != y.shape[:-1]:  # it sees something else than tokens
+                real = None
             y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
             if slot.fused:
                 y = y[:, index.to(y.device)]
@@ -166,6 +177,9 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -
         return hook
 
     handles = []
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        both: Any = model
+        handles.append(both.get_encoder().register_forward_hook(keep_encoded))
     try:
         for pair in pairs:
             if not (pair.rotatable or pair.fillable):

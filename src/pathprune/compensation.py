@@ -37,6 +37,7 @@ from tqdm import tqdm
 from pathprune.data import Batches
 from pathprune.errors import DataError, MismatchError
 from pathprune.modes import evaluating
+from pathprune.outputs import module_mask
 from pathprune.pairs import Pair
 
 if TYPE_CHECKING:
@@ -102,15 +103,15 @@ def gather(
     """Pair name -> (N,) mean and (N, N) covariance of what the consumer reads of the pair, N = G R D by group, head and
     dimension, in the bases (G, D, D); of the pairs that take a fill. The covariance has the ridge on its diagonal.
     """
-    real: list[Tensor | None] = [None]
-    hooks = {pair.name: _Hook(pair, basis.get(pair.name), real) for pair in pairs if pair.fillable}
+    hooks = {pair.name: _Hook(pair, basis.get(pair.name)) for pair in pairs if pair.fillable}
     handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
     try:
         with torch.no_grad(), evaluating(model):
             hidden = None if progress is None else not progress
             first = islice(batches.once(), count)
             for batch in tqdm(first, desc="statistics", unit="batch", disable=hidden, leave=False):
-                real[0] = batch.get("attention_mask")
+                for hook in hooks.values():
+                    hook.real = module_mask(model, batch, hook.module)
                 model(**batch)
     finally:
         for handle in handles:
@@ -134,18 +135,19 @@ class _Hook:
     mean would drown in the rounding of its square.
     """
 
-    def __init__(self, pair: Pair, basis: Floats | None, real: list[Tensor | None]) -> None:
+    def __init__(self, pair: Pair, basis: Floats | None) -> None:
         index = pair.consumer.index(pair.groups, pair.width)  # (G, R, D)
         self.shape, self.index = index.shape, torch.from_numpy(index.ravel())
-        self.module, self.basis, self.real = pair.consumer.module, basis, real
+        self.module, self.basis = pair.consumer.module, basis
+        self.real: Tensor | None = None
         self.pilot: Tensor | None = None
         self.moment: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].index_select(-1, self.index.to(args[0].device))
-        real = self.real[0]
-        if real is not None and real.shape == x.shape[:-1]:  # padding tokens do not count
-            x, output = x[real.bool()], output[real.bool()]
+        if self.real is not None and self.real.shape == x.shape[:-1]:  # padding tokens do not count
+            real = self.real.bool()
+            x, output = x[real], output[real]
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = 1 / output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True).clamp_min(1e-6)
         x = x.flatten(0, -2).to(wide)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathprune.errors import DataError
 
@@ -47,11 +47,8 @@ def real_tokens(outputs: Any, batch: Batch, length: int) -> Tensor:
     Audio comes with a mask over samples, of which every frame stands for an equal share; the last
     frame of a recording counts only if it is whole. No mask at all means no padding.
     """
-    if getattr(outputs, "encoder_last_hidden_state", None) is not None:
-        labels = batch.get("labels")
-        mask = batch.get("decoder_attention_mask", None if labels is None else labels != -100)
-    else:
-        mask = batch.get("attention_mask")
+    decodes = getattr(outputs, "encoder_last_hidden_state", None) is not None
+    mask = _decoder_mask(batch) if decodes else batch.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.shape[1] < length:
         some = next(iter(batch.values()))
         return torch.ones(some.shape[0], length, dtype=torch.bool, device=some.device)
@@ -59,6 +56,17 @@ def real_tokens(outputs: Any, batch: Batch, length: int) -> Tensor:
         return mask.bool()
     frames = (mask.sum(1, keepdim=True) * length).div(mask.shape[1], rounding_mode="floor").clamp_min(1)
     return torch.arange(length, device=mask.device) < frames
+
+
+def module_mask(model: nn.Module, batch: Batch, module: str) -> Tensor | None:
+    """The mask over the tokens that a module of the model sees: in the decoder of an encoder-decoder, the decoder's."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in module.split(".")
+    return _decoder_mask(batch) if decodes else batch.get("attention_mask")
+
+
+def _decoder_mask(batch: Batch) -> Tensor | None:
+    labels = batch.get("labels")
+    return batch.get("decoder_attention_mask", None if labels is None else labels != -100)
 
 
 def pooled(hidden: Tensor, real: Tensor, class_token: bool = False) -> Tensor:
