@@ -19,7 +19,8 @@ from conftest import Python, Subject, assert_same_model, run_model, snapshot, ti
 from pathprune.discovery import find_pairs
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.hub import PathpruneConfig, load_model, save_model
-from pathprune.slicing import PaddedLinear, slice_model
+from pathprune.shapes import PaddedLinear
+from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
 
 AUTO = {"bert": transformers.AutoModelForMaskedLM, "llama": transformers.AutoModelForCausalLM}

@@ -72,7 +72,10 @@ def test_every_error_is_one_of_ours() -> None:
     assert {kind.__name__ for kind in kinds} <= set(pathprune.__all__)
 
 
-@pytest.mark.parametrize("module", ["slicing.py", "masks.py", "discovery.py", "hub.py", "basis.py", "inclusion.py"])
+@pytest.mark.parametrize(
+    "module",
+    ["slicing.py", "shapes.py", "experts.py", "masks.py", "discovery.py", "hub.py", "basis.py", "inclusion.py"],
+)
 def test_the_spine_does_not_import_the_search(module: str) -> None:
     assert not {"pathprune.searching", "pathprune.search", "pathprune.dynamics"} & set(imports(MODULES[module]))
 

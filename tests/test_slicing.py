@@ -16,7 +16,8 @@ from pathprune.budget import Selection
 from pathprune.discovery import find_pairs
 from pathprune.errors import MismatchError
 from pathprune.masks import masked
-from pathprune.slicing import PaddedLinear, slice_model
+from pathprune.shapes import PaddedLinear
+from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.problem import OneSize, Problem
-from pathprune.slicing import HEADS, TOTALS, WIDTHS, attention_of, linear_map
+from pathprune.shapes import HEADS, TOTALS, WIDTHS, attention_of, linear_map
 
 TRIES = 10  # of a pruning ratio, by bisection
 

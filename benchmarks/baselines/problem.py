@@ -23,7 +23,8 @@ from pathprune.order import Unit
 from pathprune.outputs import samples
 from pathprune.pairs import Pair, Slot
 from pathprune.searching import SearchConfig
-from pathprune.slicing import axis_first, linear_map
+from pathprune.shapes import linear_map
+from pathprune.slicing import axis_first
 
 Scores = Mapping[str, Tensor]
 

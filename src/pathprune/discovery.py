@@ -26,7 +26,7 @@ from pathprune.layouts import Candidate, propose
 from pathprune.modes import evaluating
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, in_caches, prove
-from pathprune.slicing import Map, attention_of, features, is_map
+from pathprune.shapes import Map, attention_of, features, is_map
 
 # Configuration entries that say how a model was loaded or saved, not what it computes.
 VOLATILE = frozenset(

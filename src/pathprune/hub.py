@@ -30,9 +30,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pathprune import slicing
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError
+from pathprune.experts import check_experts
+from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_modules
 
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
@@ -97,7 +98,7 @@ class PathpruneLoader(HfQuantizer):
     quantization_config: PathpruneConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        slicing.shape_modules(model, _below(model, self.quantization_config.record))
+        shape_modules(model, _below(model, self.quantization_config.record))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         # Sliced models are saved under the names of their own modules, see `own_names`; a tower alone drops the prefix
@@ -106,8 +107,8 @@ class PathpruneLoader(HfQuantizer):
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         record = _below(model, self.quantization_config.record)
-        slicing.check_experts(model, record)
-        slicing.shape_attention(model, record)
+        check_experts(model, record)
+        shape_attention(model, record)
         _attach(model, self.quantization_config)
         model.is_quantized = False
         for flag in ("hf_quantizer", "quantization_method"):
@@ -179,9 +180,9 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     try:
         config: Any = PathpruneConfig.from_dict(json.loads((folder / SHAPES).read_text(encoding="utf-8")))
-        slicing.shape_modules(model, config.record)
+        shape_modules(model, config.record)
         safetensors.torch.load_model(model, folder / WEIGHTS)
-        slicing.shape_attention(model, config.record)
+        shape_attention(model, config.record)
     except (OSError, ValueError, AttributeError, MismatchError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot load {folder} into a {type(model).__name__}: {error}. "
@@ -305,9 +306,9 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     for name, attributes in record["attributes"].items():
         if (
             not isinstance(attributes, Mapping)
-            or not set(attributes) <= {*slicing.SIZE_ATTRIBUTES, *slicing.SCALES}
+            or not set(attributes) <= {*SIZE_ATTRIBUTES, *SCALES}
             or not all(
-                isinstance(value, float) and 0 < value <= 1 if key in slicing.SCALES else size(value)
+                isinstance(value, float) and 0 < value <= 1 if key in SCALES else size(value)
                 for key, value in attributes.items()
             )
         ):

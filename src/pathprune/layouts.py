@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pathprune.pairs import Layout, Pair, Slot
-from pathprune.slicing import HEADS, KEY_HEADS, features, head_width, is_map, linear_map
+from pathprune.shapes import HEADS, KEY_HEADS, features, head_width, is_map, linear_map
 
 # Children of an attention module: query, key, value.
 SEPARATE = (

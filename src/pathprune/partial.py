@@ -29,10 +29,12 @@ from pathprune.compensation import folded
 from pathprune.delta import moved
 from pathprune.discovery import check_base
 from pathprune.errors import ArtifactError, MismatchError
+from pathprune.experts import scaled_stack, stacks
 from pathprune.hub import PathpruneConfig
 from pathprune.pairs import Ints, Pair, Slot
 from pathprune.path import FORMAT, Floats, SolutionPath, check_array
-from pathprune.slicing import Axis, by_places, linear_map, plain, plan, scaled_stack, sliced_map, stacks, through
+from pathprune.shapes import linear_map
+from pathprune.slicing import Axis, by_places, plain, plan, sliced_map, through
 
 LARGE = ("covariance", "normal", "delta", "delta_normal")  # arrays of a path that are read by parts
 

@@ -2,7 +2,7 @@
 
 A sliced model is its dense model with smaller linear maps and nothing else: no attention code
 is replaced. Where the layer's own code wants more than the small maps give, zeros are put in
-*between* the linear maps (``Padded``), so that the model's own ``view(..., -1, head_dim)``, its
+*between* the linear maps, so that the model's own ``view(..., -1, head_dim)``, its
 cache and every attention kernel work unchanged, while the parameters stay small:
 
 * heads narrower on one side of the attention are padded to the other side's width;
@@ -10,25 +10,15 @@ cache and every attention kernel work unchanged, while the parameters stay small
   ``Pair.fewer``), what is kept stays in its dense place, with zeros around it;
 * a layer that lost its attention has zero heads.
 
-The shape of a sliced model is plain data, a *shape record*, written into its configuration::
-
-    {"modules":    {name: {"in_features": int, "out_features": int, "bias": bool, "pad": None
-                           or {"side": "in" | "out", "blocks": n, "width": w, "padded": p}
-                           or {"side": "in" | "out", "positions": [place, ...], "size": n}}},
-     "parameters": {name: {parameter: [size, ...]}},
-     "attributes": {name: {attribute: int}},
-     "rotary":     {name: [positions of cos/sin that are left]}}
-
-``shape_modules`` gives a freshly built model on any device, ``meta`` included, the maps of a record, and
-``shape_attention`` the rest of it once weights have been loaded.
+Here is what is left of the weights; modules of those shapes are made in ``pathprune.shapes``, stacked experts
+are in ``pathprune.experts``.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,116 +26,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pathprune.budget import Selection
 from pathprune.compensation import by_place, constant, folded
 from pathprune.delta import at_size
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import MismatchError
+from pathprune.experts import check_experts, plan_stack, sliced_stacks
 from pathprune.pairs import Ints, Pair, Slot
+from pathprune.shapes import (
+    HEADS,
+    KEY_HEADS,
+    KEY_TOTALS,
+    SCALES,
+    TOTALS,
+    WIDTHS,
+    Map,
+    Record,
+    attention_of,
+    features,
+    linear_map,
+    shape_attention,
+    sized_map,
+)
 
-# Names under which attention modules keep their sizes; each is set only where its value is the dense size.
-WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "attention_head_dim",
-          "hidden_size_per_attention_head", "d_head", "dim_head", "head_width")  # fmt: skip
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads")
-TOTALS = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size", "d_model", "dim", "embed_size",
-          "attn_dim", "attention_dim", "projection_size", "dim_attention")  # fmt: skip
-KEY_TOTALS = ("kv_dim",)
-SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root of the width
-SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
-
-Map = nn.Linear | Conv1D
-Record = dict[str, Any]
 Fold = Callable[[Tensor, "Tensor | None", Pair, Slot, Selection], "tuple[Tensor, Tensor | None]"]
-
-
-class _Padded(nn.Module):
-    """One side of a linear map is seen from outside with zeros among its features.
-
-    Args:
-        side: ``"out"``: zeros are put between the output's features; ``"in"``: features of the
-            input are left out.
-        blocks, width, padded: the axis as blocks of ``padded`` features, the first ``width`` of which exist; or
-        positions, size: the axis as ``size`` features, of which those at ``positions`` exist.
-    """
-
-    def _set_pad(
-        self,
-        side: str,
-        blocks: int = 0,
-        width: int = 0,
-        padded: int = 0,
-        positions: list[int] | None = None,
-        size: int = 0,
-    ) -> None:
-        self.side, self.blocks, self.width, self.padded, self.size = side, blocks, width, padded, size
-        # Not a buffer: one that is not saved would come back from the meta device without its values.
-        self.positions = None if positions is None else torch.tensor(positions, dtype=torch.long, device="cpu")
-
-    def _positions(self, device: torch.device) -> Tensor:
-        assert self.positions is not None
-        if self.positions.device != device:
-            self.positions = self.positions.to(device)
-        return self.positions
-
-    def pad(self, output: Tensor) -> Tensor:
-        """Put the zeros in."""
-        if self.side != "out":
-            return output
-        if self.positions is None:
-            return F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
-        return output.new_zeros(*output.shape[:-1], self.size).index_copy(-1, self._positions(output.device), output)
-
-    def crop(self, input: Tensor) -> Tensor:
-        """The features that the weight reads."""
-        if self.side != "in":
-            return input
-        if self.positions is None:
-            return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
-        return input.index_select(-1, self._positions(input.device))
-
-    def extra_repr(self) -> str:
-        inner = f"{self.blocks} x {self.width} padded to {self.padded}" if self.blocks else f"seen as {self.size}"
-        return f"{super().extra_repr()}, {self.side}: {inner}"
-
-
-class PaddedLinear(_Padded, nn.Linear):
-    """A linear map with zeros among the features of one side; see ``_Padded``."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, dtype: torch.dtype | None = None, **pad: Any
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype=dtype)
-        self._set_pad(**pad)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.pad(F.linear(self.crop(input), self.weight, self.bias))
-
-
-class PaddedConv1D(_Padded, Conv1D):
-    """The same for GPT-2's transposed linear map; without ``side``, one that can do without features."""
-
-    def __init__(self, nf: int, nx: int, *, side: str = "", **pad: Any) -> None:
-        super().__init__(nf, nx)
-        self._set_pad(side, **pad)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pad(F.linear(self.crop(x), self.weight.mT, self.bias))
-
-
-class _RotaryColumns:
-    """Forward pre-hook of an attention module: keep the cos/sin columns of the kept dimensions."""
-
-    def __init__(self, columns: list[int]) -> None:
-        self.columns = columns
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cos, sin = kwargs["position_embeddings"]
-        return args, {**kwargs, "position_embeddings": (cos[..., self.columns], sin[..., self.columns])}
 
 
 @dataclass
@@ -208,7 +113,7 @@ def _slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, R
     for name, axis in axes.items():
         old = linear_map(model, name)
         weight, bias = sliced_map(old, axis, parts[name], selection)
-        new = _sized(old, record["modules"][name], old.weight.device)
+        new = sized_map(old, record["modules"][name], old.weight.device)
         new.weight.data.copy_(weight)
         new.weight.requires_grad_(old.weight.requires_grad)
         if new.bias is not None and bias is not None:
@@ -218,7 +123,7 @@ def _slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, R
         memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
     for pair in selection.pairs:
         if pair.stacked and not selection.keep[pair.name].all():
-            memo |= _sliced_stacks(model, pair, selection)
+            memo |= sliced_stacks(model, pair, selection)
     small = copy.deepcopy(model, memo)
     shape_attention(small, record)
     return small, record
@@ -235,7 +140,7 @@ def plan(model: nn.Module, selection: Selection) -> tuple[dict[str, Axis], Recor
         if all(selection.keep[pair.name].all() for pair in members):
             continue
         if members[0].stacked:
-            _plan_stack(model, members[0], selection.keep[members[0].name], record)
+            plan_stack(model, members[0], selection.keep[members[0].name], record)
         elif members[0].kind == "mlp":
             pair, kept = members[0], selection.kept(members[0])
             _place(model, pair, selection.keep[pair.name], axes, 1, kept if pair.narrow else pair.width)
@@ -346,39 +251,6 @@ def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -
     if any(pair.rescale for pair in members):
         now |= {name: width**-0.5 for name in SCALES if getattr(attention, name, None) == first.width**-0.5}
     return now
-
-
-def attention_of(model: nn.Module, pair: Pair) -> str:
-    """Name of the module that holds the sizes of the pair's attention: the nearest above the first map."""
-    name = pair.slots[0].module
-    while name and name != pair.block:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if any(hasattr(module, size) for size in (*WIDTHS, *HEADS)):
-            return name
-    return pair.slots[0].module.rpartition(".")[0]
-
-
-def is_map(module: nn.Module) -> bool:
-    """Whether a module is a linear map of one vector."""
-    return isinstance(module, Map)
-
-
-def features(module: Map) -> tuple[int, int]:
-    """(inputs, outputs)."""
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-
-
-def linear_map(model: nn.Module, name: str) -> Map:
-    """The map of that name.
-
-    Raises:
-        MismatchError: it is none.
-    """
-    module = model.get_submodule(name)
-    if not isinstance(module, Map):
-        raise MismatchError(f"{name} is a {type(module).__name__}, not a linear map; the shapes are of another model")
-    return module
 
 
 def _shape(module: Map, axis: Axis) -> Record:
@@ -504,170 +376,3 @@ def rotate(tensor: Tensor, basis: npt.NDArray[np.floating], pair: Pair, slot: Sl
     index = torch.from_numpy(slot.index(pair.groups, pair.width)).to(tensor.device)  # (G, R, D)
     heads = torch.einsum("ged,grd...->gre...", rotation.to(tensor.device), tensor.double()[index])
     return tensor.double().index_copy(0, index.flatten(), heads.flatten(0, 2))
-
-
-def _stacks(pair: Pair) -> dict[tuple[str, str], list[Slot]]:
-    """(module, stacked parameter) -> the maps of the pair that it holds."""
-    stacks: dict[tuple[str, str], list[Slot]] = {}
-    for slot in pair.slots:
-        stacks.setdefault((slot.module, slot.parameter), []).append(slot)
-    return stacks
-
-
-def _plan_stack(model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], record: Record) -> None:
-    if len({int(row.sum()) for row in keep}) > 1:
-        raise MismatchError(f"{pair.name}: experts must keep equally many neurons")
-    for (name, parameter), slots in _stacks(pair).items():
-        shapes = record["parameters"].setdefault(name, {})
-        shape = list(getattr(model.get_submodule(name), parameter).shape)
-        shape[slots[0].dim] = slots[0].total * int(keep[0].sum())
-        shapes[parameter] = shape
-        if slots[0].bias and slots[0].side == "out":
-            shapes[f"{parameter}_bias"] = [pair.groups, shape[slots[0].dim]]
-
-
-def check_experts(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Refuse widths of experts that the kernel they are to be computed with cannot read.
-
-    Raises:
-        MismatchError: rows are no multiples of 16 bytes, as ``torch.nn.functional.grouped_mm`` wants them.
-    """
-    for name, shapes in record["parameters"].items():
-        module = model.get_submodule(name)
-        if getattr(getattr(module, "config", None), "_experts_implementation", None) != "grouped_mm":
-            continue
-        for parameter, shape in shapes.items():
-            dtype = getattr(module, parameter).dtype
-            multiple = 16 // dtype.itemsize
-            if odd := [size for size in shape[1:] if size % multiple or not size]:
-                raise MismatchError(
-                    f"{name}.{parameter} would be {odd[0]} wide; grouped_mm, which computes the experts, takes "
-                    f"positive multiples of {multiple} in {dtype}. Keep such a multiple of neurons, or choose "
-                    'experts_implementation="eager", in from_pretrained or by set_experts_implementation'
-                )
-
-
-def _sliced_stacks(model: nn.Module, pair: Pair, selection: Selection) -> dict[int, nn.Parameter]:
-    """Identity of each stacked parameter -> what is left of it."""
-    left: dict[int, nn.Parameter] = {}
-    for stack in stacks(pair, selection.keep[pair.name]):
-        whole = getattr(model.get_submodule(stack.module), stack.parameter)
-        where = torch.from_numpy(stack.places).to(whole.device)
-        if whole.dim() == 3:
-            where = where.unsqueeze(3 - stack.dim)
-        kept = scaled_stack(torch.take_along_dim(whole.detach(), where, stack.dim), stack, pair, selection)
-        left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
-    return left
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One stacked parameter of a pair, sliced.
-
-    Args:
-        module, parameter: its name.
-        dim: the dimension that is sliced.
-        places: (experts, kept), what stays of it.
-        consumes: whether scales are folded into it.
-    """
-
-    module: str
-    parameter: str
-    dim: int
-    places: Ints
-    consumes: bool
-
-
-def stacks(pair: Pair, keep: npt.NDArray[np.bool_]) -> list[Stack]:
-    """The stacked parameters of a pair, biases included, and what stays of them."""
-    found = []
-    for (module, parameter), slots in _stacks(pair).items():
-        old = np.concatenate([np.stack([slot.index(1, pair.width)[0, 0][row] for row in keep]) for slot in slots], 1)
-        new = np.concatenate([slot.index(1, max(int(keep[0].sum()), 1))[0, 0][: keep[0].sum()] for slot in slots])
-        places = old[:, np.argsort(new)]
-        found.append(Stack(module, parameter, slots[0].dim, places, pair.consumer in slots))
-        if slots[0].bias and slots[0].side == "out":
-            found.append(Stack(module, f"{parameter}_bias", 1, places, consumes=False))
-    return found
-
-
-def scaled_stack(kept: Tensor, stack: Stack, pair: Pair, selection: Selection) -> Tensor:
-    """Fold the scales of the units that stay into what is left of a stacked parameter."""
-    if not stack.consumes or pair.name not in selection.scale:
-        return kept
-    factor = torch.from_numpy(np.take_along_axis(selection.mask(pair), stack.places, axis=1)).to(kept.device)
-    return (kept * factor.unsqueeze(3 - stack.dim)).to(kept.dtype)
-
-
-def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a freshly built model the maps of a record; weights are left uninitialised."""
-    for name, shape in record["modules"].items():
-        old = linear_map(model, name)
-        _check_smaller(name, shape, old)
-        new = _sized(old, shape, old.weight.device)
-        # The map itself changes, as a model may hold it in other places, too (Mask2Former: in lists).
-        old.__class__, old.__dict__ = type(new), vars(new)
-    for name, shapes in record["parameters"].items():
-        module = model.get_submodule(name)
-        for parameter, shape in shapes.items():
-            whole = getattr(module, parameter)
-            if len(shape) != whole.dim() or any(size > limit for size, limit in zip(shape, whole.shape, strict=True)):
-                raise ArtifactError(
-                    f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {[*whole.shape]}"
-                )
-            setattr(module, parameter, nn.Parameter(whole.new_empty(shape)))
-
-
-def _check_smaller(name: str, shape: Mapping[str, Any], old: Map) -> None:
-    """A slice is never larger than its dense map; a record that says so would only claim memory."""
-    for side, limit in zip(("in", "out"), features(old), strict=True):
-        size, pad = shape[f"{side}_features"], shape["pad"]
-        shown = size
-        if pad and pad["side"] == side:
-            shown = pad["blocks"] * pad["padded"] if "blocks" in pad else pad["size"]
-        if max(size, shown) > limit:
-            raise ArtifactError(
-                f"the shape record gives {name} {side}_features={max(size, shown)}; the dense map has {limit}"
-            )
-
-
-def head_width(attention: nn.Module) -> Any:
-    """Width of a head, by the attribute that the attention module keeps it in; None where it has none."""
-    return next((getattr(attention, name) for name in WIDTHS if hasattr(attention, name)), None)
-
-
-def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give the attention of a model the sizes of a record, once it has its weights: initialising code reads sizes."""
-    for name, columns in record["rotary"].items():
-        width = head_width(model.get_submodule(name)) or 0
-        if max(columns, default=0) >= width:
-            raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
-    for name, attributes in record["attributes"].items():
-        module = model.get_submodule(name)
-        for attribute, value in attributes.items():
-            dense = getattr(module, attribute, None)
-            if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
-                raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
-            setattr(module, attribute, value)
-    for name, columns in record["rotary"].items():
-        model.get_submodule(name).register_forward_pre_hook(_RotaryColumns(columns), with_kwargs=True)
-
-
-def _sized(old: Map, shape: Mapping[str, Any], device: torch.device) -> Map:
-    """A map like ``old`` in the sizes of a record, its weights uninitialised."""
-    sizes = (shape["in_features"], shape["out_features"])
-    pad, dtype = shape["pad"], old.weight.dtype
-    with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
-        new: Map
-        if isinstance(old, nn.Linear):
-            new = (
-                PaddedLinear(*sizes, shape["bias"], dtype=dtype, **pad)
-                if pad
-                else nn.Linear(*sizes, shape["bias"], dtype=dtype)
-            )
-        elif pad or 0 in sizes:
-            new = PaddedConv1D(sizes[1], sizes[0], **(pad or {})).to(dtype)
-        else:
-            new = Conv1D(sizes[1], sizes[0]).to(dtype)
-    return new if device.type == "meta" else new.to_empty(device=device)

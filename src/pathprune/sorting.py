@@ -20,7 +20,8 @@ from pathprune.discovery import check_base, identify
 from pathprune.hub import own_names
 from pathprune.pairs import Ints, Pair, PairList, Slot
 from pathprune.path import Floats, SolutionPath
-from pathprune.slicing import axis_first, linear_map, rotate, through
+from pathprune.shapes import linear_map
+from pathprune.slicing import axis_first, rotate, through
 
 
 def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, SolutionPath]:

@@ -1,0 +1,236 @@
+"""The shapes of a sliced model: plain data, and modules of those shapes.
+
+A *shape record* is written into the model's configuration::
+
+    {"modules":    {name: {"in_features": int, "out_features": int, "bias": bool, "pad": None
+                           or {"side": "in" | "out", "blocks": n, "width": w, "padded": p}
+                           or {"side": "in" | "out", "positions": [place, ...], "size": n}}},
+     "parameters": {name: {parameter: [size, ...]}},
+     "attributes": {name: {attribute: int}},
+     "rotary":     {name: [positions of cos/sin that are left]}}
+
+``shape_modules`` gives a freshly built model on any device, ``meta`` included, the maps of a record, and
+``shape_attention`` the rest of it once weights have been loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from pathprune.errors import ArtifactError, MismatchError
+from pathprune.pairs import Pair
+
+# Names under which attention modules keep their sizes; each is set only where its value is the dense size.
+WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "attention_head_dim",
+          "hidden_size_per_attention_head", "d_head", "dim_head", "head_width")  # fmt: skip
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads")
+TOTALS = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size", "d_model", "dim", "embed_size",
+          "attn_dim", "attention_dim", "projection_size", "dim_attention")  # fmt: skip
+KEY_TOTALS = ("kv_dim",)
+SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root of the width
+SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
+
+Map = nn.Linear | Conv1D
+Record = dict[str, Any]
+
+
+class _Padded(nn.Module):
+    """One side of a linear map is seen from outside with zeros among its features.
+
+    Args:
+        side: ``"out"``: zeros are put between the output's features; ``"in"``: features of the
+            input are left out.
+        blocks, width, padded: the axis as blocks of ``padded`` features, the first ``width`` of which exist; or
+        positions, size: the axis as ``size`` features, of which those at ``positions`` exist.
+    """
+
+    def _set_pad(
+        self,
+        side: str,
+        blocks: int = 0,
+        width: int = 0,
+        padded: int = 0,
+        positions: list[int] | None = None,
+        size: int = 0,
+    ) -> None:
+        self.side, self.blocks, self.width, self.padded, self.size = side, blocks, width, padded, size
+        # Not a buffer: one that is not saved would come back from the meta device without its values.
+        self.positions = None if positions is None else torch.tensor(positions, dtype=torch.long, device="cpu")
+
+    def _positions(self, device: torch.device) -> Tensor:
+        assert self.positions is not None
+        if self.positions.device != device:
+            self.positions = self.positions.to(device)
+        return self.positions
+
+    def pad(self, output: Tensor) -> Tensor:
+        """Put the zeros in."""
+        if self.side != "out":
+            return output
+        if self.positions is None:
+            return F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
+        return output.new_zeros(*output.shape[:-1], self.size).index_copy(-1, self._positions(output.device), output)
+
+    def crop(self, input: Tensor) -> Tensor:
+        """The features that the weight reads."""
+        if self.side != "in":
+            return input
+        if self.positions is None:
+            return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
+        return input.index_select(-1, self._positions(input.device))
+
+    def extra_repr(self) -> str:
+        inner = f"{self.blocks} x {self.width} padded to {self.padded}" if self.blocks else f"seen as {self.size}"
+        return f"{super().extra_repr()}, {self.side}: {inner}"
+
+
+class PaddedLinear(_Padded, nn.Linear):
+    """A linear map with zeros among the features of one side; see ``_Padded``."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, dtype: torch.dtype | None = None, **pad: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype=dtype)
+        self._set_pad(**pad)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pad(F.linear(self.crop(input), self.weight, self.bias))
+
+
+class PaddedConv1D(_Padded, Conv1D):
+    """The same for GPT-2's transposed linear map; without ``side``, one that can do without features."""
+
+    def __init__(self, nf: int, nx: int, *, side: str = "", **pad: Any) -> None:
+        super().__init__(nf, nx)
+        self._set_pad(side, **pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pad(F.linear(self.crop(x), self.weight.mT, self.bias))
+
+
+class _RotaryColumns:
+    """Forward pre-hook of an attention module: keep the cos/sin columns of the kept dimensions."""
+
+    def __init__(self, columns: list[int]) -> None:
+        self.columns = columns
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cos, sin = kwargs["position_embeddings"]
+        return args, {**kwargs, "position_embeddings": (cos[..., self.columns], sin[..., self.columns])}
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether a module is a linear map of one vector."""
+    return isinstance(module, Map)
+
+
+def features(module: Map) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def linear_map(model: nn.Module, name: str) -> Map:
+    """The map of that name.
+
+    Raises:
+        MismatchError: it is none.
+    """
+    module = model.get_submodule(name)
+    if not isinstance(module, Map):
+        raise MismatchError(f"{name} is a {type(module).__name__}, not a linear map; the shapes are of another model")
+    return module
+
+
+def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a freshly built model the maps of a record; weights are left uninitialised."""
+    for name, shape in record["modules"].items():
+        old = linear_map(model, name)
+        _check_smaller(name, shape, old)
+        new = sized_map(old, shape, old.weight.device)
+        # The map itself changes, as a model may hold it in other places, too (Mask2Former: in lists).
+        old.__class__, old.__dict__ = type(new), vars(new)
+    for name, shapes in record["parameters"].items():
+        module = model.get_submodule(name)
+        for parameter, shape in shapes.items():
+            whole = getattr(module, parameter)
+            if len(shape) != whole.dim() or any(size > limit for size, limit in zip(shape, whole.shape, strict=True)):
+                raise ArtifactError(
+                    f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {[*whole.shape]}"
+                )
+            setattr(module, parameter, nn.Parameter(whole.new_empty(shape)))
+
+
+def _check_smaller(name: str, shape: Mapping[str, Any], old: Map) -> None:
+    """A slice is never larger than its dense map; a record that says so would only claim memory."""
+    for side, limit in zip(("in", "out"), features(old), strict=True):
+        size, pad = shape[f"{side}_features"], shape["pad"]
+        shown = size
+        if pad and pad["side"] == side:
+            shown = pad["blocks"] * pad["padded"] if "blocks" in pad else pad["size"]
+        if max(size, shown) > limit:
+            raise ArtifactError(
+                f"the shape record gives {name} {side}_features={max(size, shown)}; the dense map has {limit}"
+            )
+
+
+def head_width(attention: nn.Module) -> Any:
+    """Width of a head, by the attribute that the attention module keeps it in; None where it has none."""
+    return next((getattr(attention, name) for name in WIDTHS if hasattr(attention, name)), None)
+
+
+def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give the attention of a model the sizes of a record, once it has its weights: initialising code reads sizes."""
+    for name, columns in record["rotary"].items():
+        width = head_width(model.get_submodule(name)) or 0
+        if max(columns, default=0) >= width:
+            raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
+    for name, attributes in record["attributes"].items():
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            dense = getattr(module, attribute, None)
+            if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
+                raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
+            setattr(module, attribute, value)
+    for name, columns in record["rotary"].items():
+        model.get_submodule(name).register_forward_pre_hook(_RotaryColumns(columns), with_kwargs=True)
+
+
+def sized_map(old: Map, shape: Mapping[str, Any], device: torch.device) -> Map:
+    """A map like ``old`` in the sizes of a record, its weights uninitialised."""
+    sizes = (shape["in_features"], shape["out_features"])
+    pad, dtype = shape["pad"], old.weight.dtype
+    with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
+        new: Map
+        if isinstance(old, nn.Linear):
+            new = (
+                PaddedLinear(*sizes, shape["bias"], dtype=dtype, **pad)
+                if pad
+                else nn.Linear(*sizes, shape["bias"], dtype=dtype)
+            )
+        elif pad or 0 in sizes:
+            new = PaddedConv1D(sizes[1], sizes[0], **(pad or {})).to(dtype)
+        else:
+            new = Conv1D(sizes[1], sizes[0]).to(dtype)
+    return new if device.type == "meta" else new.to_empty(device=device)
+
+
+def attention_of(model: nn.Module, pair: Pair) -> str:
+    """Name of the module that holds the sizes of the pair's attention: the nearest above the first map."""
+    name = pair.slots[0].module
+    while name and name != pair.block:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if any(hasattr(module, size) for size in (*WIDTHS, *HEADS)):
+            return name
+    return pair.slots[0].module.rpartition(".")[0]
