@@ -79,10 +79,16 @@ def test_any_number_of_steps_has_a_schedule(steps: int) -> None:
     assert not all(torch.equal(after, before) for after, before in trained)
 
 
-def test_same_seed_same_weights() -> None:
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_same_seed_same_weights_whatever_the_state_of_randomness_which_stays(lora_rank: int | None) -> None:
     teacher = tiny_bert()
     small = half(teacher)
-    one, two = (pp.recover(small, teacher=teacher, data=tiny_batches(), steps=5, progress=False) for _ in range(2))
+    settings: dict[str, Any] = {"data": tiny_batches(), "steps": 5, "lora_rank": lora_rank, "progress": False}
+    one = pp.recover(small, teacher=teacher, **settings)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    two = pp.recover(small, teacher=teacher, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 

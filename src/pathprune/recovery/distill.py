@@ -21,11 +21,12 @@ from pathprune.objectives import Objective, Targets, get_objective
 class _LowRank(nn.Module):
     """Adds an update, zero at first, to a weight (rows, columns)."""
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, noise: torch.Generator) -> None:
         super().__init__()
         rows, columns = weight.shape
         self.up = nn.Parameter(weight.new_zeros(rows, rank, dtype=torch.float32))
-        self.down = nn.Parameter(torch.randn(rank, columns).to(self.up) / math.sqrt(max(columns, 1)))
+        down = torch.randn(rank, columns, generator=noise)
+        self.down = nn.Parameter(down.to(self.up) / math.sqrt(max(columns, 1)))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + (self.up @ self.down).to(weight.dtype)
@@ -39,12 +40,12 @@ def low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Param
     """
     if rank < 1:
         raise DataError(f"lora_rank={rank} must be positive")
-    torch.manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed)
     weights = {id(parameter) for parameter in trainable(student)}
     maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in weights]
     trained = [p for p in trainable(student) if p.dim() < 2]
     for module in maps:
-        update = _LowRank(module.weight, rank)
+        update = _LowRank(module.weight, rank, noise)
         register_parametrization(module, "weight", update)
         trained += update.parameters()
     try:
@@ -85,7 +86,6 @@ def distill(
         raise DataError(f"steps={steps} and lr={lr} must be positive")
     if isinstance(teacher, nn.Module):
         teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
-    torch.manual_seed(seed)
     trained = trainable(student) if trained is None else trained
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
@@ -100,7 +100,8 @@ def distill(
         warm_up = 0.1 if steps >= 10 else 0.0  # OneCycleLR divides by its length in steps less one, which may be 0
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=warm_up)
         stream = iter(batches)
-        with tqdm(range(steps), desc="distil", unit="step", disable=hidden) as bar:
+        bar = tqdm(range(steps), desc="distil", unit="step", disable=hidden)
+        with bar, _seeded(seed, batches.device):  # some models draw in evaluation, too
             for step in bar:
                 batch = next(stream)
                 if before is not None:
@@ -119,6 +120,14 @@ def distill(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The caller's random state comes back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
