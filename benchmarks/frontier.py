@@ -9,7 +9,7 @@ remove inner units only. No method recovers by training, none sees a label, and 
 forward-backward passes over the same batches, for each size if it makes one size at a time. Methods and their sources
 are in ``benchmarks/baselines``, models and what is measured in ``benchmarks/models.py``.
 
-Runs that ``--out`` already holds are kept, and are not made again.
+Runs that ``--out`` already holds are kept, and are not made again; each names the commit that made it.
 
 For every method the record holds the seconds that all sizes took together (``family_seconds``) and the seconds
 of one size alone (``one_size_seconds``, what all sizes share and the mean of what each takes by itself).
@@ -35,7 +35,7 @@ from models import MODELS
 from pathprune.artifact import write_text
 from pathprune.objectives import get_objective
 from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
-from recording import command, parser, search_settings, write_record
+from recording import command, commit, parser, search_settings, write_record
 
 COLOURS = (BLUE, ORANGE, GREEN, SKY, SOFT)
 MARKERS = "sD^v<>XPd*p8"
@@ -165,7 +165,7 @@ def main() -> None:
             done = runs.setdefault(name, [])
             if any(run["seed"] == seed for run in done):
                 continue
-            done.append({"seed": seed, **measure(METHODS[name], problem, subject)})
+            done.append({"seed": seed, "commit": commit(), **measure(METHODS[name], problem, subject)})
             print(json.dumps({"method": name, **done[-1]}), flush=True)
             record = {
                 "commands": commands,

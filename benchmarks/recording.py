@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def search_settings(args: argparse.Namespace) -> dict[str, Any]:
 def command() -> str:
     """What repeats this run."""
     return shlex.join(["python", *sys.argv])
+
+
+def commit() -> str:
+    """Of the code that runs, with ``-dirty`` where the code differs from it; empty outside a clone."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+
+    name = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/**/*.py").returncode == 1
+    return f"{name}-dirty" if changed else name
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
