@@ -364,6 +364,48 @@ def test_a_folder_of_something_else_is_not_replaced(saved: tuple[nn.Module, Path
     assert listing(tmp_path) == before
 
 
+def test_what_stands_beside_a_model_stays(
+    saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clone of a hub repository, an elastic model's path, another size below."""
+    small, folder = saved
+    (folder / "README.md").unlink()
+    rest = {".git/HEAD": "ref", "keep-25/model.safetensors": "weights", "path.json": "{}", "path-0123.safetensors": "p"}
+    stale = {
+        "model-00001-of-00002.safetensors": "old",
+        "model.safetensors.index.json": "{}",
+        "pytorch_model.bin": "old",
+    }
+    for name, text in (rest | stale).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    save_model(small, folder)
+    after = listing(folder)
+    assert {name: after.pop(name).decode() for name in rest} == rest
+    assert set(after) == {"config.json", "model.safetensors"}
+
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".git":
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(ArtifactError, match=r"\.git that stood beside .* is still in"):
+            save_model(small, folder)
+    assert {Path(name).name for name in listing(tmp_path)} >= {Path(name).name for name in rest}
+
+
+def test_a_model_does_not_replace_the_one_it_was_made_from(saved: tuple[nn.Module, Path]) -> None:
+    small, folder = saved
+    before = listing(folder)
+    with pytest.raises(ArtifactError, match="was made from, and would be lost; choose another --out"):
+        save_model(small, folder, source=f"{folder}/../small")
+    assert listing(folder) == before
+
+
 def test_the_current_folder_is_a_folder_like_any_other(
     saved: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -38,6 +39,7 @@ from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_mod
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
+MODEL_FILES = r"(model|pytorch_model)[-.].*(safetensors|bin|index\.json)"  # would be read in place of newer ones
 
 
 class PathpruneConfig(QuantizationConfigMixin):
@@ -197,16 +199,21 @@ def save_model(
 ) -> None:
     """``save_pretrained`` into a folder that is complete or not there at all.
 
-    A model of another library becomes ``model.safetensors`` and ``pathprune.json``; ``load_model`` reads them.
+    A model that is there is replaced; other files and folders beside it stay. A model of another library becomes
+    ``model.safetensors`` and ``pathprune.json``; ``load_model`` reads them.
 
     Args:
         source: folder of the dense model, whose tokenizer and other small files come along.
         card: content of ``README.md``.
 
     Raises:
-        ArtifactError: the folder cannot be written, or holds something that is not a model.
+        ArtifactError: the folder cannot be written, holds something that is not a model, or is ``source``.
     """
     folder = Path(os.path.abspath(folder))
+    if source is not None and Path(source).resolve() == folder.resolve():
+        raise ArtifactError(
+            f"{folder} is the model that this one was made from, and would be lost; choose another --out"
+        )
     if (folder.exists() and not folder.is_dir()) or (
         folder.is_dir()
         and any(folder.iterdir())
@@ -233,6 +240,7 @@ def save_model(
             except OSError:
                 old.rename(folder)
                 raise
+            _move_rest(old, folder)
             shutil.rmtree(old, ignore_errors=True)
         else:
             part.rename(folder)
@@ -243,6 +251,19 @@ def save_model(
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _move_rest(old: Path, folder: Path) -> None:
+    """What stood beside the old model, and is no part of it, to the new one."""
+    for rest in list(old.iterdir()):
+        if not ((folder / rest.name).exists() or re.fullmatch(MODEL_FILES, rest.name)):
+            try:
+                rest.rename(folder / rest.name)
+            except OSError as error:
+                raise ArtifactError(
+                    f"the model is in {folder}, but {rest.name} that stood beside the old one is still in {old} "
+                    f"({error.strerror or error}); move what is there yourself"
+                ) from error
 
 
 def _weights(folder: str, names: list[str]) -> list[str]:
