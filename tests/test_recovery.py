@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,19 @@ def test_mixed_precision_trains_as_well(recover: Any) -> None:
     before, exact, rough = (1 - fidelity(model, teacher, tiny_batches(seed=1)) for model in (small, *trained))
     assert max(exact, rough) < 0.9 * before
     assert rough < 1.2 * exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_train_as_well(dtype: torch.dtype) -> None:
+    """Steps too small for such weights add up all the same."""
+    teacher, data = tiny_bert(), tiny_batches(count=40)
+    small, settings = half(teacher), {"data": data, "steps": 100, "lr": 1e-4, "progress": False}
+    exact = pp.recover(small, teacher=teacher, **settings)
+    rough = pp.recover(copy.deepcopy(small).to(dtype), teacher=copy.deepcopy(teacher).to(dtype), **settings)
+    assert {p.dtype for p in rough.parameters()} == {dtype}
+    rough.float()
+    before, exactly, roughly = (1 - fidelity(m, teacher, tiny_batches(seed=1)) for m in (small, exact, rough))
+    assert before - roughly > 0.9 * (before - exactly) > 0.1 * before
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

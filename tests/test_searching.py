@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import pathprune as pp
 from helpers import tiny_batches, tiny_bert
@@ -138,6 +139,39 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     resumed = pp.search(tiny_bert(), tiny_batches(), resume=True, **settings)
     same_path(whole, resumed)
     same_path(whole, pp.search(tiny_bert(), tiny_batches(), resume=True, **settings))  # now it is finished
+
+
+def test_data_that_shuffles_itself_comes_in_the_order_of_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the state of randomness, which stays; and again where the search goes on."""
+    monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
+    samples = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
+    settings: dict[str, Any] = {"steps": 12, "multiple": 2, "progress": False}
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(samples, batch_size=2, shuffle=True)
+
+    whole = pp.search(tiny_bert(), loader(), **settings)
+    model = tiny_bert()
+    torch.rand(3)
+    state = torch.get_rng_state()
+    same_path(whole, pp.search(model, loader(), **settings))
+    assert not np.array_equal(whole.trajectory.loss, pp.search(model, loader(), seed=1, **settings).trajectory.loss)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    step, calls = searching._Run._step, iter(range(100))
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pp.search(tiny_bert(), loader(), out=tmp_path, **settings)
+    same_path(whole, pp.search(tiny_bert(), loader(), out=tmp_path, resume=True, **settings))
 
 
 @pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])

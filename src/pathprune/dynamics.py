@@ -45,6 +45,8 @@ class Visit(Protocol):
 class Sampled:
     """Each step visits one random size of the family, exactly as it would ship."""
 
+    ROWS = False  # of curvature the mean square is all it needs
+
     def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
         self.config, self.state, self.visit = config, state, visit
         self.cost = params / params.float().mean()
@@ -112,6 +114,7 @@ class Lbi:
     lets flat and steep units move in the same number of steps.
     """
 
+    ROWS = True  # the step bound needs each sample's
     SAFETY = 0.5  # of the step bound
     FIRST_ENTRY = 0.2  # of the steps, for a unit whose mask stays at 1
 
@@ -156,6 +159,7 @@ class Lbi:
 class Released:
     """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart."""
 
+    ROWS = False
     ENTRY = 0.5  # of the steps, for a unit whose mask stays at 1
 
     def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:

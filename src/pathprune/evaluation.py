@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds
         seconds: rough time to spend on each model; every one gets at least five passes.
     """
     times: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as modes:
         for model in models:
-            model.eval()
+            modes.enter_context(evaluating(model))
             model(**batch)
         began = time.perf_counter()
         while len(times[0]) < 5 or time.perf_counter() - began < seconds * len(models):

@@ -21,6 +21,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What data and model draw comes from the seed; the caller's random state comes back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def mixed(device: torch.device, bf16: bool) -> torch.autocast:
     """Matrix products in bfloat16, weights and all that is delicate in float32, if asked for."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

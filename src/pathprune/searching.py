@@ -24,7 +24,7 @@ from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
-from pathprune.modes import evaluating, mixed
+from pathprune.modes import evaluating, mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
 from pathprune.pairs import PairList
@@ -156,21 +156,24 @@ def search(
     config = SearchConfig(dynamics=dynamics, steps=steps, seed=seed, **settings)
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
-    batches = Batches(model, data)
-    goal = get_objective(objective, model, batches.first)
-    config = replace(config, objective=objective_name(goal))
-    pairs = find_pairs(model, batches.first)
-    if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
-        path = SolutionPath.load(out)
-        _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
-        return path
-    with _frozen(model), evaluating(model):
-        run = _Run(model, pairs, batches, goal, config, None if out is None else Path(out), progress)
-        if resume:
-            run.restore()
-        else:
-            run.start()
-        return run.finish()
+    device = next(model.parameters()).device
+    with seeded(seed, device):
+        batches = Batches(model, data)
+        goal = get_objective(objective, model, batches.first)
+        config = replace(config, objective=objective_name(goal))
+        pairs = find_pairs(model, batches.first)
+        if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
+            path = SolutionPath.load(out)
+            _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
+            return path
+        with _frozen(model), evaluating(model):
+            run = _Run(model, pairs, batches, goal, config, None if out is None else Path(out), progress)
+            if resume:
+                run.restore()
+            else:
+                run.start()
+            with seeded(seed, device):  # anew, so that a search that goes on finds its data in the same order
+                return run.finish()
 
 
 class _Run:
@@ -233,7 +236,7 @@ class _Run:
         kind = DYNAMICS[self.config.dynamics]
         probes = torch.zeros(1, sum(self.sizes))
         if self.config.curvature_steps:
-            probes = self._probe(first)
+            probes = self._probe(first, rows=kind.ROWS)
             probes *= self._untold(probes).sqrt()
         self.driver = self._driver(kind.begin(self.config, probes, self.params))
         self.complete = 0, self.driver.state
@@ -258,11 +261,12 @@ class _Run:
             if name in found.mean
         }
 
-    def _probe(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """(samples, N), each sample's gradient of a random probe: their mean square is the
-        Gauss-Newton diagonal.
+    def _probe(self, batches: list[dict[str, Tensor]], *, rows: bool) -> Tensor:
+        """(samples, N), each sample's gradient of a random probe, whose mean square is the Gauss-Newton diagonal; or,
+        without ``rows``, the one row (1, N) that has the same.
         """
-        rows: list[Tensor] = []
+        found: list[Tensor] = []
+        square, count = torch.zeros(sum(self.sizes)), 0
         self.fills.update(self._fill(torch.zeros(sum(self.sizes))))
         with attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis):
             for batch in tqdm(batches, desc="curvature", unit="step", disable=self.hidden, leave=False):
@@ -273,9 +277,12 @@ class _Run:
                     outputs = self.model(**batch)
                 value = self.objective.probe(outputs, batch, self.noise)
                 check_finite(value, "while curvature was measured")
-                rows.append(torch.autograd.grad(value, ones)[0].float().cpu())
+                grads = torch.autograd.grad(value, ones)[0].float().cpu()
+                if rows:
+                    found.append(grads)
+                square, count = square + grads.square().sum(0), count + samples
         self.masks.clear()
-        return torch.cat(rows)
+        return torch.cat(found) if rows else (square / count).sqrt()[None]
 
     def _untold(self, probes: Tensor) -> Tensor:
         """(N,), the share of each unit that compensation cannot make up for; see ``pathprune.compensation.untold``."""

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pathprune.data import Batches, check_finite
 from pathprune.errors import DataError
-from pathprune.modes import mixed
+from pathprune.modes import mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective
 
 
@@ -71,7 +71,7 @@ def distill(
     beside_lr: float = 0.0,
     before: Callable[[int], object] | None = None,
 ) -> None:
-    """Train in place with AdamW on a one-cycle schedule.
+    """Train in place with AdamW on a one-cycle schedule; weights of 16 bits by way of copies of 32.
 
     Args:
         hidden: whether the bar is; ``None`` shows it on a terminal only.
@@ -93,7 +93,8 @@ def distill(
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        optimizer, peaks = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01), [lr]
+        masters = [p.detach().float() if p.itemsize < 4 else p for p in trained]  # small steps would round away
+        optimizer, peaks = torch.optim.AdamW(masters, lr=lr, betas=(0.95, 0.98), weight_decay=0.01), [lr]
         if beside:
             optimizer.add_param_group({"params": list(beside), "weight_decay": 0.0})
             peaks.append(beside_lr)
@@ -101,7 +102,7 @@ def distill(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=warm_up)
         stream = iter(batches)
         bar = tqdm(range(steps), desc="distil", unit="step", disable=hidden)
-        with bar, _seeded(seed, batches.device):  # some models draw in evaluation, too
+        with bar, seeded(seed, batches.device):
             for step in bar:
                 batch = next(stream)
                 if before is not None:
@@ -112,22 +113,21 @@ def distill(
                 value = check_finite(loss, f"at distillation step {step}")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                halves = [(p, master) for p, master in zip(trained, masters, strict=True) if p is not master]
+                for parameter, master in halves:
+                    master.grad = None if parameter.grad is None else parameter.grad.float()
+                    parameter.grad = None
+                torch.nn.utils.clip_grad_norm_(masters, 1.0)
                 optimizer.step()
+                with torch.no_grad():
+                    for parameter, master in halves:
+                        parameter.copy_(master)
                 schedule.step()
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The caller's random state comes back afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
