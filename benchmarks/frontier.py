@@ -35,7 +35,7 @@ from models import MODELS
 from pathprune.artifact import write_text
 from pathprune.objectives import get_objective
 from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
-from recording import command, commit, parser, search_settings, write_record
+from recording import COMMIT, command, parser, search_settings, write_record
 
 COLOURS = (BLUE, ORANGE, GREEN, SKY, SOFT)
 MARKERS = "sD^v<>XPd*p8"
@@ -88,7 +88,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for name in same[0]:
             if name != "keep":
                 values = [one[name] for one in same]
-                row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0}
+                row[name] = {
+                    "mean": statistics.mean(values),
+                    "std": statistics.stdev(values) if len(values) > 1 else None,
+                }
         rows.append(row)
     seconds = {name: statistics.mean(run[name] for run in whole) for name in ("family_seconds", "one_size_seconds")}
     return {"seeds": len(whole), "rows": rows, **seconds}
@@ -111,7 +114,7 @@ def frontier(record: dict[str, Any]) -> Figure:
         axes.errorbar(
             [row["kept"]["mean"] for row in rows],
             losses[name],
-            [row["loss"]["std"] for row in rows],
+            [row["loss"]["std"] or float("nan") for row in rows],  # no bar where there was one seed
             color=VERMILLION if first else COLOURS[i % len(COLOURS)],
             marker="o" if first else MARKERS[i % len(MARKERS)],
             linewidth=2.4 if first else 1.1,
@@ -165,7 +168,7 @@ def main() -> None:
             done = runs.setdefault(name, [])
             if any(run["seed"] == seed for run in done):
                 continue
-            done.append({"seed": seed, "commit": commit(), **measure(METHODS[name], problem, subject)})
+            done.append({"seed": seed, "commit": COMMIT, **measure(METHODS[name], problem, subject)})
             print(json.dumps({"method": name, **done[-1]}), flush=True)
             record = {
                 "commands": commands,

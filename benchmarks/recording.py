@@ -36,8 +36,8 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def commit() -> str:
-    """Of the code that runs, with ``-dirty`` where the code differs from it; empty outside a clone."""
+def _commit() -> str:
+    """Of the code, with ``-dirty`` where the code differs from it; empty outside a clone."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         root = Path(__file__).parents[1]
@@ -46,6 +46,9 @@ def commit() -> str:
     name = git("rev-parse", "--short=10", "HEAD").stdout.strip()
     changed = git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/**/*.py").returncode == 1
     return f"{name}-dirty" if changed else name
+
+
+COMMIT = _commit()  # when the run begins: another may be checked out before it ends
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 import pathprune as pp
 from baselines.problem import OneSize, Problem, mask_gradients, probes
 from pathprune.inclusion import adam_direction, adam_init
+from pathprune.objectives import Targets
 
 LASSO_LR = 0.05  # chosen from 0.02 to 0.2
 
@@ -19,7 +20,11 @@ def ours(problem: Problem) -> pp.SolutionPath:
 
 
 def spp_released(problem: Problem) -> pp.SolutionPath:
-    """The published code of Ding et al. (SPP, ICLR 2025), with its unit, one mask for all heads of a layer."""
+    """The published code of Ding et al. (SPP, ICLR 2025), with its unit, one order for all heads of a layer.
+
+    Masks are learned for each head, and ranks averaged. It was written for the loss of a task; without labels its
+    gradient begins at zero.
+    """
     return searched(problem, dynamics="spp-released", unit="shared", basis=False, fill=False)
 
 
@@ -55,12 +60,13 @@ def lasso(problem: Problem) -> OneSize:
     share = costs[order].cumsum(0) / costs.sum()
     tie_break = torch.empty_like(curvature)
     tie_break[order] = torch.linspace(0, 1e-3, len(order))
+    targets = Targets(problem.model, problem.objective)
 
     def make(keep: float) -> pp.Selection:
         lam = curvature[order][int((share <= 1 - keep).sum())]
         mask, adam = torch.ones_like(curvature), adam_init(len(curvature))
         steps = problem.steps - begun
-        with mask_gradients(problem) as gradient:
+        with mask_gradients(problem, targets) as gradient:
             for step, batch in enumerate(problem.passes(steps)):
                 direction, adam = adam_direction(adam, gradient(mask, batch) + lam * costs)
                 mask = (mask - LASSO_LR * cooled(step, steps) * direction).clamp(0, 1).float()
@@ -84,11 +90,12 @@ def upop(problem: Problem) -> OneSize:
     """
     begun = max(1, problem.steps // 25)
     start = -probes(problem, begun).square().mean(0)
+    targets = Targets(problem.model, problem.objective)
 
     def make(keep: float) -> pp.Selection:
         sums, steps = start.clone(), problem.steps - begun
         mask = torch.ones_like(sums)
-        with mask_gradients(problem) as gradient:
+        with mask_gradients(problem, targets) as gradient:
             for step, batch in enumerate(problem.passes(steps)):
                 sums += gradient(mask, batch)
                 removed = (1 - keep) * math.sqrt((1 - math.cos(math.pi * (step + 1) / steps)) / 2)

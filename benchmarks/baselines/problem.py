@@ -165,10 +165,13 @@ def probes(problem: Problem, count: int | None = None) -> Tensor:
 
 
 @contextmanager
-def mask_gradients(problem: Problem) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
-    """A function from masks (N,) and a batch to the gradient of the objective in the masks, (N,)."""
+def mask_gradients(problem: Problem, targets: Targets) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
+    """A function from masks (N,) and a batch to the gradient of the objective in the masks, (N,).
+
+    Args:
+        targets: the dense model's outputs, remembered for all sizes.
+    """
     masks: dict[str, Tensor] = {}
-    targets = Targets(problem.model, problem.objective)
     with attach_masks(problem.model, problem.pairs, masks):
 
         def gradient(mask: Tensor, batch: Batch) -> Tensor:
