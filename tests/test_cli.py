@@ -162,6 +162,22 @@ def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: P
         assert json.loads((after / "config.json").read_text())["architectures"] == [type(model).__name__]
 
 
+@pytest.mark.parametrize(("positions", "window"), [(2048, 256), (32, 32)])
+def test_language_models_are_searched_in_long_windows(
+    dense: Path, tmp_path: Path, ask: Ask, positions: int, window: int
+) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=positions, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "llama")
+    given = ("--data", dense.parent / "texts.txt", "--steps", 4, "--lowest", 0.5, "--no-compensate")
+    code, _, err = ask("search", tmp_path / "llama", *given, "--out", tmp_path / "run")
+    assert code == 0, err
+    path = SolutionPath.load(tmp_path / "run")
+    assert path.seq_len == window
+    assert (path.config["lowest_level"], path.config["compensate"], path.covariance) == (0.5, False, {})
+
+
 def test_a_head_that_the_weights_lack_is_not_invented(dense: Path, tmp_path: Path, ask: Ask) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(dense, folder)

@@ -15,6 +15,8 @@ import typer
 from pathprune import __version__
 from pathprune.errors import PathpruneError
 
+WINDOW = 256  # tokens
+
 app = typer.Typer(
     name="pathprune",
     help="One search on a pretrained transformer gives the whole family: a model of any size.",
@@ -46,9 +48,16 @@ ObjectiveOpt = Annotated[
     str, typer.Option(help="What to stay close to: embedding, hidden, logits; auto goes by what the model returns.")
 ]
 FieldOpt = Annotated[str, typer.Option(help="Field of a .jsonl file that holds the text.")]
-BatchOpt = Annotated[int, typer.Option(min=1, help="Texts or images in a batch.")]
+BatchOpt = Annotated[
+    int | None, typer.Option(min=1, help="Texts or images in a batch: by default 16, of language models 4.")
+]
 LengthOpt = Annotated[
-    int, typer.Option(min=2, help="Tokens of a text; longer ones are cut. Of language models, the window's length.")
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens of a text, by default 48 (128 to evaluate); longer ones are cut. "
+        "Of language models, the window's length, by default 256.",
+    ),
 ]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is a GPU where there is one.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -120,8 +129,14 @@ def search(
     steps: Annotated[int, typer.Option(help="Forward-backward passes.")] = 400,
     unit: Annotated[UnitName, typer.Option(help="What an attention layer may lose.")] = UnitName.mixed,
     multiple: Annotated[int, typer.Option(help="Keep widths at multiples of this.")] = 8,
-    batch_size: BatchOpt = 16,
-    max_length: LengthOpt = 48,
+    lowest: Annotated[
+        float, typer.Option(help="Smallest fraction of the prunable parameters to try; the search goes to larger ones.")
+    ] = 0.1,
+    compensate: Annotated[
+        bool, typer.Option(help="Tell what leaves from what stays; without, less memory and worse models.")
+    ] = True,
+    batch_size: BatchOpt = None,
+    max_length: LengthOpt = None,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
@@ -145,6 +160,8 @@ def search(
             seed=seed,
             unit=unit.value,
             multiple=multiple,
+            lowest_level=lowest,
+            compensate=compensate,
             bf16=bf16,
         )
     except KeyboardInterrupt:
@@ -200,8 +217,8 @@ def recover(
         int | None, typer.Option(help="Train updates of this rank (LoRA), not the weights themselves.")
     ] = None,
     objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = 16,
-    max_length: LengthOpt = 48,
+    batch_size: BatchOpt = None,
+    max_length: LengthOpt = None,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
@@ -239,8 +256,8 @@ def elastic(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     lowest: Annotated[float, typer.Option(help="Smallest fraction of the prunable parameters to train.")] = 0.2,
     objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = 16,
-    max_length: LengthOpt = 48,
+    batch_size: BatchOpt = None,
+    max_length: LengthOpt = None,
     field: FieldOpt = "text",
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
@@ -272,8 +289,8 @@ def evaluate(
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     data: DataOpt,
     objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = 16,
-    max_length: LengthOpt = 128,
+    batch_size: BatchOpt = None,
+    max_length: LengthOpt = None,
     field: FieldOpt = "text",
     device: DeviceOpt = None,
     as_json: JsonOpt = False,
@@ -288,7 +305,7 @@ def evaluate(
     from pathprune.objectives import get_objective, objective_name
 
     dense = _load(teacher, device)
-    batches = _batches(dense, teacher, data, field, batch_size, max_length)
+    batches = _batches(dense, teacher, data, field, batch_size, max_length, tokens=128)
     loaded = [dense, *(_load(model, device) for model in models)]
     timing = Batches(dense, batches).first
     goal = get_objective(objective, dense, timing)
@@ -385,7 +402,13 @@ def _load(name: str, device: str | None) -> Any:
 
 
 def _batches(
-    model: Any, source: str, data: Path, field: str, batch_size: int, max_length: int
+    model: Any,
+    source: str,
+    data: Path,
+    field: str,
+    batch_size: int | None,
+    max_length: int | None,
+    tokens: int = 48,
 ) -> Iterable[dict[str, Any]]:
     """A folder is images; a file is texts: full windows for a language model, else one padded line each."""
     from transformers import AutoImageProcessor, AutoTokenizer
@@ -393,11 +416,12 @@ def _batches(
     from pathprune.data import Images, packed, read_texts, tokenized
 
     if data.is_dir():
-        return Images(data, AutoImageProcessor.from_pretrained(source), batch_size=batch_size)
+        return Images(data, AutoImageProcessor.from_pretrained(source), batch_size=batch_size or 16)
     texts, tokenizer = read_texts(data, field), AutoTokenizer.from_pretrained(source)
     if model.can_generate() and not model.config.is_encoder_decoder:
-        return packed(texts, tokenizer, batch_size=batch_size, length=max_length)
-    batches = tokenized(texts, tokenizer, batch_size=batch_size, max_length=max_length)
+        longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
+        return packed(texts, tokenizer, batch_size=batch_size or 4, length=max_length or min(WINDOW, longest))
+    batches = tokenized(texts, tokenizer, batch_size=batch_size or 16, max_length=max_length or tokens)
     if model.can_generate():  # an encoder-decoder writes each text again
         for batch in batches:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
