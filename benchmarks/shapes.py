@@ -21,6 +21,7 @@ from pathprune.artifact import write_text
 from pathprune.budget import dense_macs
 from pathprune.evaluation import latency, machine
 from pathprune.path import library_versions
+from recording import command
 
 # heads, query-key width, value width, neurons
 SHAPES = [
@@ -65,7 +66,7 @@ def main() -> None:
             rows.append({"batch": size, "widths": shape, "speed_up": dense_ms / ms, "efficiency": dense_ms / ms * macs})
             print(json.dumps(rows[-1]))
     result = {
-        "command": "python benchmarks/shapes.py",
+        "command": command(),
         "rows": rows,
         "machine": machine(),
         "versions": library_versions(),
