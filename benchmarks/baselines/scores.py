@@ -23,7 +23,8 @@ def random(problem: Problem) -> pp.SolutionPath:
 
 def magnitude(problem: Problem) -> pp.SolutionPath:
     """Mean square of a unit's weights in all its maps, compared across all layers (Li et al., "Pruning Filters for
-    Efficient ConvNets", ICLR 2017; groups as in Fang et al., "DepGraph", CVPR 2023).
+    Efficient ConvNets", ICLR 2017; groups as in Fang et al., "DepGraph", CVPR 2023). Scores relative to their mean in
+    the layer are better at 75 %, and on DINOv2 at 25 %, and worse elsewhere.
     """
     scores = {}
     for pair in problem.pairs:
