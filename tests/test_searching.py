@@ -39,7 +39,7 @@ def same_path(a: SolutionPath, b: SolutionPath) -> None:
 def test_search_gives_a_complete_path(dynamics: str, tmp_path: Path) -> None:
     model = tiny_bert()
     path = run(model, dynamics=dynamics, out=tmp_path)
-    steps = 12 if dynamics == "spp-released" else 10  # it asks for no curvature
+    steps = 12 if dynamics == "spp-released" else 9  # it asks for no curvature, and for no bases
     assert path.trajectory.gamma_l1.shape == (steps, len(path.pairs))
     assert path.config["dynamics"] == dynamics
     assert path.config["seed"] == 0
@@ -65,7 +65,7 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(searching._Run, "_step", spy)
     run(model, unit="mixed")
-    assert len({level for _, level, _ in visited}) == len(visited) == 10
+    assert len({level for _, level, _ in visited}) == len(visited) == 9
     for path, level, masks in visited:
         shipped = path.select(Budget(keep=level))
         for pair in path.pairs:
@@ -246,7 +246,7 @@ def test_bad_data_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 1}, "steps=1 must be at least 2"),
+        ({"steps": 1}, "steps=1 must be at least 3"),
         ({"dynamics": "magic"}, "dynamics='magic' is not one of sampled, lbi, spp-released"),
         ({"objective": "magic"}, "objective='magic' is not one of"),
         ({"unit": "magic"}, "unit='magic' is not one of"),

@@ -2,19 +2,22 @@
 
 Query and key of a head meet only in their product, value and output projection likewise, so an
 invertible map of the head's inner axis may be pushed through: q' = A^-T q, k' = A k leaves
-q'.k' = q.k, and v' = A v, W_o' = W_o A^-1 leaves W_o v. Of all such bases the *balanced* one
-gives both sides the same diagonal second moment, so that dropping its last dimensions is the
-best low-rank approximation of the product on the calibration data. (The construction is that of
-balanced truncation; Moore, IEEE Trans. Autom. Control 26, 1981.)
+q'.k' = q.k, and v' = A v, W_o' = W_o A^-1 leaves W_o v. Of all such bases the *balanced* one gives
+what flows through a dimension and what the loss feels of it the same diagonal second moment: to
+drop the last dimensions is then to drop what is least in the product of both. (The construction is that
+of balanced truncation; Moore, IEEE Trans. Autom. Control 26, 1981.)
 
-Keys and values are centred first. A key's mean adds the same number to all logits of a query,
-which the softmax ignores; a value's mean passes through attention unchanged, because attention
-weights sum to one, and is kept as the fill of the removed dimensions.
+* What flows are keys, and the heads' outputs, which the output projection reads: values that attention
+  averages away count for nothing. Both are centred. A key's mean adds the same number to all logits of a
+  query, which the softmax ignores; the mean of a head's output is kept, as the fill of the removed dimensions.
+* What the loss feels is the gradient of a random probe there (``Objective.probe``), whose second moment is the
+  loss's Gauss-Newton matrix in the activation: it knows the queries and the softmax, the output projection and all
+  that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.outputs import module_mask
-from pathprune.pairs import Pair, PairList, Slot
-from pathprune.slicing import axis_first
+from pathprune.pairs import Pair, PairList
 
 Floats = npt.NDArray[np.floating]
 
@@ -63,14 +65,11 @@ class Moments:
         heads_first = (weight.sqrt() * y).unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, tokens, D)
         self.second = self.second + (heads_first.mT @ heads_first if outer else heads_first.square().sum(1))
 
-    @property
-    def mean(self) -> Tensor:
-        return self.first / self.count
-
-    def moment(self, centred: bool) -> Tensor:
-        """(H, D, D)."""
-        second = self.second / self.count
-        return second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2) if centred else second
+    def central(self) -> tuple[Tensor, Tensor]:
+        """(H, D), the mean, and (H, D, D) or (H, D), the covariance or the variance."""
+        mean, second = self.first / self.count, self.second / self.count
+        square = mean.square() if second.dim() == 2 else mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return mean, second - square
 
 
 @dataclass
@@ -89,62 +88,89 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, pairs: PairList, batches: Iterable[Mapping[str, Any]], *, rotate: bool, fill: bool
+    model: nn.Module,
+    pairs: PairList,
+    batches: Iterable[Mapping[str, Any]],
+    gramians: Mapping[str, Tensor],
+    *,
+    fill: bool,
 ) -> Calibration:
-    """Bases, and moments for the fill, from forward passes over ``batches``."""
-    moments: dict[Slot, Moments] = {}
-    if not rotate and not fill:
+    """Bases for the pairs that have a gramian, and moments for the fill, from forward passes over ``batches``.
+
+    Args:
+        gramians: pair name -> (G, D, D), as ``sensitivity`` leaves them.
+        fill: whether means and spreads are wanted.
+    """
+    moments: dict[str, Moments] = {}
+    wanted = [pair for pair in pairs if pair.name in gramians or (fill and pair.fillable)]
+    if not wanted:
         return Calibration()
-    with torch.no_grad(), _gathered(model, pairs, moments) as start:
+    with torch.no_grad(), _gathered(model, wanted, moments) as start:
         for batch in batches:
             start(batch)
             model(**batch)
 
     found = Calibration()
-    for pair in pairs:
-        rotation = None
-        if rotate and pair.rotatable:
-            rotation = _balance(model, pair, moments)
+    for pair in wanted:
+        # Heads of one group share their values, hence the basis and the fill: both are for the mean over them.
+        mean, spread = (part.unflatten(0, (pair.groups, -1)).mean(1) for part in moments[pair.name].central())
+        if pair.name in gramians:
+            rotation = _balance(spread, gramians[pair.name].to(spread))
             found.basis[pair.name] = rotation.cpu().float().numpy()
+            mean, spread = (rotation @ mean.unsqueeze(-1)).squeeze(-1), rotation @ spread @ rotation.mT
         if fill and pair.fillable:
-            inner = moments[pair.mask_slot]
-            mean, second = inner.mean, inner.second / inner.count
-            if rotation is not None:
-                mean = (rotation @ mean.unsqueeze(-1)).squeeze(-1)
-                second = rotation @ second @ rotation.mT
-            if second.dim() == 3:
-                second = second.diagonal(dim1=-2, dim2=-1)
+            if spread.dim() == 3:
+                spread = spread.diagonal(dim1=-2, dim2=-1)
             found.mean[pair.name] = mean.cpu().float().numpy()
-            found.std[pair.name] = (second - mean.square()).clamp_min(0).sqrt().cpu().float().numpy()
+            found.std[pair.name] = spread.clamp_min(0).sqrt().cpu().float().numpy()
     return found
 
 
-def _balance(model: nn.Module, pair: Pair, moments: Mapping[Slot, Moments]) -> Tensor:
-    """(G, D, D), the map A of the masked side (key or value)."""
-    ours = moments[pair.mask_slot].moment(centred=True)
-    if pair.kind == "qk":
-        theirs = moments[pair.slots[0]].moment(centred=False)  # (G R, D, D)
-    else:
-        module: Any = model.get_submodule(pair.consumer.module)
-        weight = axis_first(module.weight.detach(), module, "in").double()
-        heads = weight[torch.from_numpy(pair.consumer.index(pair.groups, pair.width)).flatten(0, 1)]  # (G R, D, d)
-        theirs = heads @ heads.mT
-    theirs = theirs.unflatten(0, (pair.groups, -1)).sum(1)
+def _balance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """(G, D, D), A that gives A ours A^T = A^-T theirs A^-1 = S, diagonal and in descending order, both moments taken
+    relative to their mean variance: how large gradients are must not show in the size of the weights.
+    """
     left, right = _factor(ours), _factor(theirs)
     u, s, _ = torch.linalg.svd(left.mT @ right)
-    # ours = L L^T and A = S^1/2 U^T L^-1 give A ours A^T = S; the partner A^-T gives S as well.
+    # With ours = L L^T, A = S^1/2 U^T L^-1.
     return s.sqrt().unsqueeze(-1) * torch.linalg.solve_triangular(left.mT, u, upper=True).mT
 
 
 def _factor(moment: Tensor) -> Tensor:
-    """Cholesky factor, with a ridge."""
-    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+    """Cholesky factor of a moment (G, D, D) over its mean variance, with a ridge."""
+    variance = moment.diagonal(dim1=-2, dim2=-1)
+    mean = variance.mean().clamp_min(1e-60)
+    ridge = RIDGE * (variance.mean(-1) / mean).clamp_min(RIDGE)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.linalg.cholesky(moment + RIDGE * scale[:, None, None] * eye)
+    return torch.linalg.cholesky(moment / mean + ridge[:, None, None] * eye)
 
 
 @contextmanager
-def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -> Iterator[Any]:
+def sensitivity(model: nn.Module, pairs: Iterable[Pair], gramians: dict[str, Tensor]) -> Iterator[None]:
+    """Add the second moments (G, D, D) of the gradient at every inner activation to ``gramians``, by pair name, at
+    each backward pass until the context ends.
+    """
+
+    def watch(pair: Pair) -> Any:
+        index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width).ravel())
+
+        def add(grad: Tensor) -> None:
+            rows = grad.flatten(0, -2).index_select(-1, index.to(grad.device)).double()
+            heads = rows.unflatten(-1, (pair.groups, -1, pair.width)).permute(1, 3, 0, 2).flatten(2)  # (G, D, rows R)
+            gramian = (heads @ heads.mT).cpu()
+            gramians[pair.name] = gramians[pair.name] + gramian if pair.name in gramians else gramian
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+            (args[0] if output is None else output).register_hook(add)
+
+        return hook
+
+    with _hooked(model, pairs, watch):
+        yield
+
+
+@contextmanager
+def _gathered(model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moments]) -> Iterator[Any]:
     """Hooks that gather moments at every inner activation; yields a function to announce a batch."""
     current: Mapping[str, Any] = {}
     encoded: Tensor | None = None
@@ -157,22 +183,25 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -
         nonlocal current
         current = batch
 
-    def gather(pair: Pair, slot: Slot) -> Any:
-        store = moments.setdefault(slot, Moments())
+    def gather(pair: Pair) -> Any:
+        slot, store = pair.consumer, moments.setdefault(pair.name, Moments())
         index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             y = args[0] if output is None else output
-            # Keys and values of cross-attention lie in the decoder, and see the encoder's tokens.
+            # Keys of cross-attention lie in the decoder, and see the encoder's tokens.
             crossed = args[0] is encoded
             real = current.get("attention_mask") if crossed else module_mask(model, current, slot.module)
             if real is not None and real.shape != y.shape[:-1]:  # it sees something else than tokens
                 real = None
             y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
-            if slot.fused:
-                y = y[:, index.to(y.device)]
-            # For keys and values all tokens count alike, as they do in the balance.
-            store.add(y, pair.groups * slot.repeat, outer=pair.rotatable, relative=pair.kind == "mlp")
+            # In attention all tokens count alike, as they do in the balance.
+            store.add(
+                y.index_select(-1, index.to(y.device)),
+                pair.groups * slot.repeat,
+                outer=pair.rotatable,
+                relative=pair.kind == "mlp",
+            )
 
         return hook
 
@@ -181,16 +210,27 @@ def _gathered(model: nn.Module, pairs: PairList, moments: dict[Slot, Moments]) -
         both: Any = model
         handles.append(both.get_encoder().register_forward_hook(keep_encoded))
     try:
+        with _hooked(model, pairs, gather):
+            yield start
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _hooked(model: nn.Module, pairs: Iterable[Pair], make: Callable[[Pair], Any]) -> Iterator[None]:
+    """A hook where each pair's inner activation is read: at what the key puts out, or at what the output projection
+    or down map is given.
+    """
+    handles = []
+    try:
         for pair in pairs:
-            if not (pair.rotatable or pair.fillable):
-                continue
-            for slot in dict.fromkeys((pair.mask_slot, *(s for s in pair.slots if pair.kind == "qk"))):
-                module = model.get_submodule(slot.module)
-                if slot.side == "out":
-                    handles.append(module.register_forward_hook(gather(pair, slot)))
-                else:
-                    handles.append(module.register_forward_pre_hook(gather(pair, slot)))
-        yield start
+            module = model.get_submodule(pair.consumer.module)
+            if pair.consumer.side == "out":
+                handles.append(module.register_forward_hook(make(pair)))
+            else:
+                handles.append(module.register_forward_pre_hook(make(pair)))
+        yield
     finally:
         for handle in handles:
             handle.remove()

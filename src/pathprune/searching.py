@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
-from pathprune.basis import Calibration, calibrate
+from pathprune.basis import Calibration, calibrate, sensitivity
 from pathprune.budget import Budget
 from pathprune.compensation import compensators, gather, untold
 from pathprune.data import Batches, check_finite
@@ -35,6 +35,7 @@ Dynamics = Literal["sampled", "lbi", "spp-released"]
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_EVERY = 50  # steps
 CURVATURE_SHARE = 6  # one step in so many
+BASIS_SHARE = 4  # of these batches, one in so many is read once more
 STATISTICS_BATCHES = 64
 
 
@@ -45,10 +46,11 @@ class SearchConfig:
     Args:
         objective: name of the objective, or of a user's own class; what ``"auto"`` chose, not ``"auto"`` itself.
         dynamics: ``"sampled"``, ``"lbi"`` or ``"spp-released"`` (``pathprune.dynamics``).
-        steps: forward-backward passes in all; one in six measures curvature before the first update.
+        steps: forward-backward passes in all; before the first update one in six measures curvature, and a quarter
+            as many what bases need.
         seed: of everything random.
         unit, multiple: see ``SolutionPath``.
-        basis: rotate heads into balanced bases first (``pathprune.basis``).
+        basis: rotate heads into balanced bases first (``pathprune.basis``). Not for the published code.
         fill: put the mean in a removed dimension's place.
         compensate: tell what is removed from what stays, by the covariance over the first 64 batches
             (``pathprune.compensation``). Only with a fill, and for the sampled path.
@@ -84,8 +86,8 @@ class SearchConfig:
             raise DataError(f"dynamics={self.dynamics!r} is not one of {', '.join(DYNAMICS)}")
         if self.unit not in UNITS:
             raise DataError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if self.steps < 2:
-            raise DataError(f"steps={self.steps} must be at least 2: one for curvature, one for the path")
+        if self.steps < 3:
+            raise DataError(f"steps={self.steps} must be at least 3: for bases, for curvature, and for the path")
         if self.multiple < 1:
             raise DataError(f"multiple={self.multiple} must be at least 1")
         if not 0 < self.lowest_level < 1:
@@ -105,8 +107,13 @@ class SearchConfig:
         return 0 if self.dynamics == "spp-released" else max(1, self.steps // CURVATURE_SHARE)
 
     @property
+    def basis_steps(self) -> int:
+        """None for the published code, which knows no rotations."""
+        return max(1, self.curvature_steps // BASIS_SHARE) if self.basis and self.curvature_steps else 0
+
+    @property
     def path_steps(self) -> int:
-        return self.steps - self.curvature_steps
+        return self.steps - self.curvature_steps - self.basis_steps
 
 
 def search(
@@ -215,12 +222,17 @@ class _Run:
         return torch.cat([parts[pair.name].flatten(-2) for pair in self.pairs], dim=-1)
 
     def start(self) -> None:
-        """Measure bases, fills and curvature, and begin."""
+        """Measure bases, fills, covariances and curvature, and begin."""
         if self.out is not None:
             write_artifact(self.out, "checkpoint", self._meta(None), {})
-        first = self.batches.take(max(1, self.config.steps // CURVATURE_SHARE))
-        self.found = calibrate(self.model, self.pairs, first, rotate=self.config.basis, fill=self.config.fill)
-        if self.config.compensates:
+        config = self.config
+        first = self.batches.take(max(1, config.steps // CURVATURE_SHARE))
+        gramians: dict[str, Tensor] = {}
+        self.found = Calibration()
+        if config.basis_steps:
+            self._probe(first[: config.basis_steps], gramians=gramians)
+        self.found = calibrate(self.model, self.pairs, first, gramians, fill=config.fill)
+        if config.compensates:
             self.centre, self.covariance = gather(
                 self.model,
                 self.pairs,
@@ -233,12 +245,12 @@ class _Run:
                 tensors = {f"centre/{name}": array for name, array in self.centre.items()}
                 tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
                 write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
-        kind = DYNAMICS[self.config.dynamics]
+        kind = DYNAMICS[config.dynamics]
         probes = torch.zeros(1, sum(self.sizes))
-        if self.config.curvature_steps:
+        if config.curvature_steps:
             probes = self._probe(first, rows=kind.ROWS)
             probes *= self._untold(probes).sqrt()
-        self.driver = self._driver(kind.begin(self.config, probes, self.params))
+        self.driver = self._driver(kind.begin(config, probes, self.params))
         self.complete = 0, self.driver.state
 
     @property
@@ -261,15 +273,22 @@ class _Run:
             if name in found.mean
         }
 
-    def _probe(self, batches: list[dict[str, Tensor]], *, rows: bool) -> Tensor:
+    def _probe(
+        self, batches: list[dict[str, Tensor]], *, rows: bool = False, gramians: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """(samples, N), each sample's gradient of a random probe, whose mean square is the Gauss-Newton diagonal; or,
-        without ``rows``, the one row (1, N) that has the same.
+        without ``rows``, the one row (1, N) that has the same. With ``gramians``, see ``pathprune.basis.sensitivity``.
         """
         found: list[Tensor] = []
         square, count = torch.zeros(sum(self.sizes)), 0
         self.fills.update(self._fill(torch.zeros(sum(self.sizes))))
-        with attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis):
-            for batch in tqdm(batches, desc="curvature", unit="step", disable=self.hidden, leave=False):
+        watched = [] if gramians is None else [pair for pair in self.pairs if pair.rotatable]
+        with (
+            attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis),
+            sensitivity(self.model, watched, {} if gramians is None else gramians),
+        ):
+            what = "curvature" if gramians is None else "bases"
+            for batch in tqdm(batches, desc=what, unit="step", disable=self.hidden, leave=False):
                 samples = next(iter(batch.values())).shape[0]
                 ones = torch.ones(samples, sum(self.sizes), device=self.batches.device, requires_grad=True)
                 self.masks.update(self.split(ones))
