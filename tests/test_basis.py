@@ -202,9 +202,7 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
         "decoder_input_ids": batch["decoder_input_ids"].where(batch["decoder_attention_mask"].bool(), torch.tensor(1)),
     }
     pairs = find_pairs(model, batch)
-    found, again = (
-        calibrate(model, pairs, [one], felt(model, pairs, [one]), fill=True) for one in (batch, garbled)
-    )
+    found, again = (calibrate(model, pairs, [one], felt(model, pairs, [one]), fill=True) for one in (batch, garbled))
     assert any("EncDec" in name for name in found.mean)
     for part in ("basis", "mean", "std"):
         for name, array in getattr(found, part).items():
