@@ -220,6 +220,10 @@ def test_nothing_is_gathered_where_nothing_is_wanted(subject: Subject) -> None:
     assert empty == Calibration()
 
 
+def test_what_the_data_does_not_reach_is_left_alone(subject: Subject, gramians: dict[str, dict[str, Tensor]]) -> None:
+    assert calibrate(subject.model, subject.pairs, [], gramians[subject.family], fill=True) == Calibration()
+
+
 def test_dead_directions_are_no_trouble(subject: Subject) -> None:
     """One token: second moments of rank one, and of rank zero once centred."""
     one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}

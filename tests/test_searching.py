@@ -21,6 +21,7 @@ from pathprune.data import Batches
 from pathprune.dynamics import DYNAMICS
 from pathprune.objectives import EmbeddingObjective, Targets
 from pathprune.path import SolutionPath
+from pathprune.searching import SearchConfig
 
 
 def run(model: nn.Module, **settings: Any) -> SolutionPath:
@@ -49,6 +50,24 @@ def test_search_gives_a_complete_path(dynamics: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoint*"))
     sizes = [path.select(Budget(keep=keep)).pair_params for keep in (1.0, 0.7, 0.4)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
+@pytest.mark.parametrize("steps", [3, 12, 49])
+def test_steps_are_all_the_backward_passes_there_are(
+    dynamics: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    path = run(tiny_bert(), dynamics=dynamics, steps=steps)
+    assert len(calls) == steps
+    assert len(path.trajectory.loss) == SearchConfig(dynamics=dynamics, steps=steps).path_steps
 
 
 def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.MonkeyPatch) -> None:

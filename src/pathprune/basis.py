@@ -112,6 +112,8 @@ def calibrate(
 
     found = Calibration()
     for pair in wanted:
+        if not moments[pair.name].count:  # a part of the model that the data does not reach
+            continue
         # Heads of one group share their values, hence the basis and the fill: both are for the mean over them.
         mean, spread = (part.unflatten(0, (pair.groups, -1)).mean(1) for part in moments[pair.name].central())
         if pair.name in gramians:
