@@ -31,9 +31,9 @@ SIZES = (0.75, 0.5, 0.25)
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "compensated"])
 def searched(request: pytest.FixtureRequest) -> tuple[BertModel, SolutionPath]:
-    """From a search of two steps, which leaves much to recover."""
+    """From a search of three steps, which leaves much to recover."""
     model, data = tiny_bert(), tiny_batches(count=12)
-    return model, pp.search(model, data, steps=2, multiple=4, progress=False, compensate=request.param)
+    return model, pp.search(model, data, steps=3, multiple=4, progress=False, compensate=request.param)
 
 
 def losses(model: torch.nn.Module, path: SolutionPath, dense: torch.nn.Module) -> list[float]:
