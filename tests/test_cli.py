@@ -278,11 +278,15 @@ def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
 
 
 def test_help_is_instant_and_version_agrees() -> None:
+    def cpu() -> float:  # seconds of finished commands; time on the clock would be that of other tests, too
+        times = os.times()
+        return times.children_user + times.children_system
+
     started = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu()
         text = call("--help").stdout
-        started.append(time.perf_counter() - start)
+        started.append(cpu() - start)
     for command in ("inspect", "search", "slice", "recover", "evaluate", "report", "demo"):
         assert command in text
     assert min(started) < 0.5
