@@ -6,6 +6,7 @@
 For each configuration type: build a small model, run it on ``example_inputs``, find its pairs, and check that
 
 - the sliced model computes what the masked model computes, for random rankings at two sizes,
+- a search of a few steps runs, and what it found computes the same sliced as masked: rotations, fills, compensation,
 - saved and loaded it is the same model,
 - gradients reach what they reach in the masked model,
 - a model that generates gives the same tokens with and without its cache, if the masked model does.
@@ -44,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pathprune as pp
 import zoo
 from pathprune.artifact import write_text
-from pathprune.errors import UnsupportedModelError
+from pathprune.errors import DataError, UnsupportedModelError
 from pathprune.evaluation import machine
 from pathprune.inputs import example_inputs
 from pathprune.masks import masked
@@ -53,6 +54,7 @@ from recording import command
 
 KEEPS = (0.7, 0.4)
 SEEDS = 2
+STEPS = 4  # of the search
 DIFFER = "masked: tokens differ too"
 MEMORY = 8 << 30  # bytes of address space of one process
 # Relative differences of outputs: in float64, in float64 where the model's own code rounds activations to float32 on
@@ -92,6 +94,7 @@ def examine(model_type: str) -> dict[str, Any]:
     checks = row["checks"] = {}
     for name, check in (
         ("sliced is masked", _sliced),
+        ("searched", _searched),
         ("loaded", _loaded),
         ("gradients", _gradients),
         ("tokens", _tokens),
@@ -152,7 +155,11 @@ def _said(error: BaseException) -> str:
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     """All floating tensors that the model returns."""
     torch.manual_seed(0)
-    return [x for x in pytree.tree_leaves(model(**inputs)) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in pytree.tree_leaves(model(**inputs)) if _floating(x)]
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _gap(one: list[Tensor], other: list[Tensor]) -> float:
@@ -212,6 +219,36 @@ def _sliced(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float) ->
             if sum(p.numel() for p in small.parameters()) >= sum(p.numel() for p in model.parameters()):
                 return f"keep {keep}: the sliced model is not smaller"
     return "passed"
+
+
+class _Outputs:
+    """An objective for models that ``auto`` knows none for: the squared distance of all that they return."""
+
+    def target(self, outputs: Any, batch: Any) -> Tensor:
+        return torch.cat([x.flatten() for x in pytree.tree_leaves(outputs) if _floating(x)])
+
+    def loss(self, outputs: Any, batch: Any, target: Tensor) -> Tensor:
+        return (self.target(outputs, batch) - target).square().mean()
+
+    def probe(self, outputs: Any, batch: Any, noise: torch.Generator) -> Tensor:
+        values = self.target(outputs, batch)
+        return (values * torch.randn(values.shape, generator=noise).to(values)).sum()
+
+
+def _searched(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float) -> str:
+    batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    for objective in ("auto", _Outputs()):
+        try:
+            path = pp.search(model, [batch], objective=objective, steps=STEPS, multiple=1, progress=False)
+            break
+        except DataError as error:
+            if objective != "auto" or "objective='auto'" not in str(error):
+                raise
+    selection = path.select(pp.Budget(keep=KEEPS[1]))
+    with masked(model, selection):
+        expected = _outputs(model, inputs)
+    gap = _gap(expected, _outputs(pp.slice_model(model, selection), inputs))
+    return "passed" if gap <= tolerance else f"differ by {gap:.1e}"
 
 
 def _loaded(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5Model
 
 from conftest import Subject, snapshot, tiny_inputs
-from pathprune.basis import Calibration, Moments, calibrate, sensitivity
+from pathprune.basis import Calibration, Moments, _balance, calibrate, sensitivity
 from pathprune.compensation import gather
 from pathprune.data import Batches
 from pathprune.discovery import find_pairs
@@ -232,6 +232,22 @@ def test_dead_directions_are_no_trouble(subject: Subject) -> None:
     for name, basis in found.basis.items():
         assert np.isfinite(basis).all(), name
         assert np.isfinite(np.linalg.inv(basis.astype(np.float64))).all(), name
+
+
+@pytest.mark.parametrize("varies", [0.0, 1e-6, 1e-3])
+def test_a_mean_does_not_drown_what_varies_beside_it(varies: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    constant = 1e4 * torch.randn(1, 24, generator=generator).double()
+    noise = varies * torch.randn(999, 24, generator=generator).double()
+    moments = Moments()
+    for part in (constant + noise).split(100):
+        moments.add(part, heads=3, outer=True)
+    mean, spread = moments.central()
+    torch.testing.assert_close(mean, (constant + noise).mean(0).view(3, 8), rtol=1e-12, atol=0)
+    for head, of in zip(spread, (constant + noise - constant).mT.split(8), strict=True):
+        torch.testing.assert_close(head, torch.cov(of, correction=0), rtol=1e-4, atol=1e-30)
+    basis = _balance(spread, torch.eye(8, dtype=torch.float64).expand(3, -1, -1))
+    torch.testing.assert_close(torch.linalg.inv(basis) @ basis, torch.eye(8).double().expand(3, -1, -1))
 
 
 def test_the_model_is_left_as_it_was(subject: Subject) -> None:

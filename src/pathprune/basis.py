@@ -37,14 +37,17 @@ RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zer
 
 @dataclass
 class Moments:
-    """Running sums of an inner activation over tokens, in float64.
+    """Running sums of an inner activation over tokens, in float64, about the first token: what varies little beside its
+    mean would drown in the rounding of its square.
 
     Attributes:
+        pilot: (H D,), the first token.
         count: tokens seen, by weight.
         first: (H, D), sum.
         second: sum of outer products, (H, D, D), or of squares, (H, D), where no basis is wanted.
     """
 
+    pilot: Tensor | None = None
     count: float = 0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
     second: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -56,10 +59,15 @@ class Moments:
             relative: weight each token by its inverse length, as for a relative error. Language models have a few
                 tokens with massive activations (Sun et al., COLM 2024), which would own every mean otherwise.
         """
+        if not len(y):
+            return
         y = y.detach().double()
         weight = torch.ones_like(y[:, :1])
         if relative:
             weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        if self.pilot is None:
+            self.pilot = y[0]
+        y = y - self.pilot
         self.count += float(weight.sum())
         self.first = self.first + (weight * y).sum(0).unflatten(-1, (heads, -1))
         heads_first = (weight.sqrt() * y).unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, tokens, D)
@@ -69,7 +77,8 @@ class Moments:
         """(H, D), the mean, and (H, D, D) or (H, D), the covariance or the variance."""
         mean, second = self.first / self.count, self.second / self.count
         square = mean.square() if second.dim() == 2 else mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        return mean, second - square
+        pilot = 0 if self.pilot is None else self.pilot.view_as(mean)
+        return mean + pilot, second - square
 
 
 @dataclass
