@@ -438,8 +438,9 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         "The contract: for random rankings at 70 and 40 % kept, the sliced model computes what the masked model "
         f"computes (relative difference of every output in float64 at most {DOUBLE:g}, {MIXED:g} where the model's "
-        f"own code rounds to float32 on the way, {SINGLE:g} where it cannot run in float64); saved and loaded it is "
-        "the same model; gradients reach what they reach in the masked model; greedy tokens are the same with and "
+        f"own code rounds to float32 on the way, {SINGLE:g} where it cannot run in float64); so it does for what a "
+        f"search of {STEPS} steps found, rotations, fills and compensation included; saved and loaded it is the same "
+        "model; gradients reach what they reach in the masked model; greedy tokens are the same with and "
         'without cache, where that is so for the masked model. "Share" is the part of all parameters that pairs hold '
         "in the small model.",
         "",
