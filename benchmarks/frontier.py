@@ -9,7 +9,8 @@ remove inner units only. No method recovers by training, none sees a label, and 
 forward-backward passes over the same batches, for each size if it makes one size at a time. Methods and their sources
 are in ``benchmarks/baselines``, models and what is measured in ``benchmarks/models.py``.
 
-Runs that ``--out`` already holds are kept, and are not made again; each names the commit that made it.
+Runs that ``--out`` already holds are kept, and are not made again; each names the commit that made it. With
+``--jobs``, so many run side by side, each in a process of its own: quality is the same, seconds are longer.
 
 For every method the record holds the seconds that all sizes took together (``family_seconds``) and the seconds
 of one size alone (``one_size_seconds``, what all sizes share and the mean of what each takes by itself).
@@ -17,10 +18,14 @@ of one size alone (``one_size_seconds``, what all sizes share and the mean of wh
 
 from __future__ import annotations
 
+import argparse
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,54 +139,96 @@ def frontier(record: dict[str, Any]) -> Figure:
     return figure
 
 
+class Bench:
+    """Runs methods on one model, with what all of its runs share.
+
+    Args:
+        args: the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.subject = MODELS[args.model](args.split, args.device)
+        self.subject.keeps = tuple(args.keeps or self.subject.keeps)
+        self.steps = args.steps or self.subject.steps
+        self.settings = search_settings(args)
+        self.subject.searched.requires_grad_(False).config.use_cache = False
+
+    @lru_cache(maxsize=1)  # noqa: B019 (it lives as long as the process)
+    def problem(self, seed: int) -> Problem:
+        model, batches = self.subject.searched, self.subject.batches(seed, self.steps)
+        pairs, objective = pp.find_pairs(model, batches[0]), get_objective(self.subject.objective, model, batches[0])
+        return Problem(model, self.subject.dense, pairs, batches, objective, self.steps, seed, self.settings)
+
+    def __call__(self, name: str, seed: int) -> dict[str, Any]:
+        return {"seed": seed, "commit": COMMIT, **measure(METHODS[name], self.problem(seed), self.subject)}
+
+
+def begin(args: argparse.Namespace) -> None:
+    """In each process of a pool."""
+    global BENCH
+    BENCH = Bench(args)
+
+
+def work(name: str, seed: int) -> dict[str, Any]:
+    return BENCH(name, seed)
+
+
+def results(bench: Bench, args: argparse.Namespace, todo: list[tuple[str, int]]) -> Iterator[tuple[str, Any]]:
+    """Method and run, as they come, of methods and seeds."""
+    if args.jobs == 1:
+        yield from ((name, bench(name, seed)) for name, seed in todo)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a process that was forked cannot use the GPU
+    with ProcessPoolExecutor(args.jobs, spawn, begin, (args,)) as pool:
+        futures = {pool.submit(work, name, seed): name for name, seed in todo}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
+
+
 def main() -> None:
     arguments = parser(__doc__, steps=None, seeds=3)
     arguments.add_argument("--model", required=True, choices=list(MODELS))
     arguments.add_argument("--plot", type=Path, help="SVG file to write")
     arguments.add_argument("--keeps", type=float, nargs="+", metavar="SHARE", help="sizes, in place of the model's own")
     arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    arguments.add_argument("--device", default="cpu", help="that runs the models, such as cuda")
+    arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
     args = arguments.parse_args()
 
-    subject = MODELS[args.model](args.split)
-    subject.keeps = tuple(args.keeps or subject.keeps)
-    steps = args.steps or subject.steps
-    searched = subject.searched.requires_grad_(False)
-    searched.config.use_cache = False
+    bench = Bench(args)
+    subject, pairs, count = bench.subject, bench.problem(0).pairs, len(bench.problem(0).batches)
     dense_quality = subject.quality(subject.dense)
     print(json.dumps({"dense": dense_quality}), flush=True)
     setting: dict[str, Any] = {
         "model": subject.label,
         "split": args.split,
-        "steps": steps,
+        "steps": bench.steps,
         "keeps": list(subject.keeps),
-        "settings": search_settings(args),
+        "settings": bench.settings,
     }
     commands, runs = [command()], held(args.out, setting)
     if args.out.exists():
         commands = [*json.loads(args.out.read_text())["commands"], *commands]
-    for seed in range(args.seeds):
-        batches = subject.batches(seed, steps)
-        pairs = pp.find_pairs(searched, batches[0])
-        objective = get_objective(subject.objective, searched, batches[0])
-        problem = Problem(searched, subject.dense, pairs, batches, objective, steps, seed, setting["settings"])
-        for name in args.methods:
-            done = runs.setdefault(name, [])
-            if any(run["seed"] == seed for run in done):
-                continue
-            done.append({"seed": seed, "commit": COMMIT, **measure(METHODS[name], problem, subject)})
-            print(json.dumps({"method": name, **done[-1]}), flush=True)
-            record = {
-                "commands": commands,
-                **setting,
-                "params": pairs.base.params,
-                "prunable_params": pairs.prunable_params,
-                "batches": len(batches),
-                "loss": subject.loss_label,
-                "dense": dense_quality,
-                "methods": {name: summary(runs[name]) for name in METHODS if runs.get(name)},
-                "runs": runs,
-            }
-            write_record(args.out, record)  # after every method: a run takes hours
+    todo = [
+        (name, seed)
+        for seed in range(args.seeds)
+        for name in args.methods
+        if all(run["seed"] != seed for run in runs.get(name, ()))
+    ]
+    for name, run in results(bench, args, todo):
+        runs[name] = sorted([*runs.get(name, ()), run], key=lambda run: run["seed"])
+        print(json.dumps({"method": name, **run}), flush=True)
+        record = {
+            "commands": commands,
+            **setting,
+            "params": pairs.base.params,
+            "prunable_params": pairs.prunable_params,
+            "batches": count,
+            "loss": subject.loss_label,
+            "dense": dense_quality,
+            "methods": {name: summary(runs[name]) for name in METHODS if runs.get(name)},
+            "runs": runs,
+        }
+        write_record(args.out, record)  # after every run: all take hours
     if args.plot:
         write_text(args.plot, frontier(json.loads(args.out.read_text())))
 

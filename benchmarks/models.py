@@ -8,7 +8,8 @@
 
 Each has ``dense``; ``searched``, the copy to search on; ``keeps``, the shares of the prunable parameters to measure
 at; ``steps``; ``batches(seed, steps)``, unlabelled; and ``quality(model)``, whose ``"loss"`` is zero at the dense
-model. The split is ``"choice"``, on which settings are chosen, or ``"test"``, which none was chosen on.
+model; all on ``device``. The split is ``"choice"``, on which settings are chosen, or ``"test"``, which none was
+chosen on.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ class MiniLM:
     keeps = demo.KEEPS
     steps = 400
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, device: str = "cpu") -> None:
         source = demo.minilm()
-        self.dense = self.searched = AutoModel.from_pretrained(source).eval()
+        self.dense = self.searched = AutoModel.from_pretrained(source).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.judge = demo.Judge(self.dense, self.tokenizer, split)
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
         """40 batches of 16 short texts; the search goes round them."""
-        return demo.calibration(self.tokenizer, seed)[: min(steps, demo.SEARCH_BATCHES)]
+        return placed(demo.calibration(self.tokenizer, seed)[: min(steps, demo.SEARCH_BATCHES)], self.dense.device)
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         found = self.judge(model)
@@ -73,8 +74,8 @@ class DINOv2:
     steps = 300
     batch = 16
 
-    def __init__(self, split: str, references: int = 1000, queries: int = 1000) -> None:
-        self.dense = self.searched = materials.dinov2()
+    def __init__(self, split: str, device: str = "cpu", references: int = 1000, queries: int = 1000) -> None:
+        self.dense = self.searched = materials.dinov2().to(device)
         self.images, labels = materials.fashion_mnist("train")
         self.known = self.images[-references:], labels[-references:]  # the search reads from the front
         images, labels = materials.fashion_mnist("t10k")
@@ -84,7 +85,7 @@ class DINOv2:
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
         seen = self.images[seed * steps * self.batch :][: steps * self.batch]
-        return [{"pixel_values": materials.pixel_values(part)} for part in seen.split(self.batch)]
+        return pictures(seen, self.batch, self.dense.device)
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         known, unseen = features(model, self.known[0]), features(model, self.unseen[0])
@@ -103,9 +104,13 @@ class DINOv2:
 @torch.inference_mode()
 def features(model: nn.Module, images: Tensor) -> Tensor:
     """[class token, mean patch], (images, 768)."""
-    batches: list[Batch] = [{"pixel_values": materials.pixel_values(part)} for part in images.split(64)]
     read = EmbeddingObjective(class_token=True)
-    return torch.cat([read.embeddings(model(**batch), batch) for batch in batches])
+    batches = pictures(images, 64, next(model.parameters()).device)
+    return torch.cat([read.embeddings(model(**batch), batch).cpu() for batch in batches])
+
+
+def pictures(images: Tensor, batch_size: int, device: torch.device) -> list[Batch]:
+    return placed([{"pixel_values": materials.pixel_values(part)} for part in images.split(batch_size)], device)
 
 
 def nearest(known: Tensor, labels: Tensor, unseen: Tensor) -> Tensor:
@@ -138,13 +143,13 @@ class SmolLM2:
     search_batch, search_window, measured_window = 2, 256, 512
     steps = 200_000 // (search_batch * search_window)
 
-    def __init__(self, split: str, measured: int = 64, dtype: str = "bfloat16") -> None:
+    def __init__(self, split: str, device: str = "cpu", measured: int = 64, dtype: str = "bfloat16") -> None:
         source = materials.smollm2()
-        self.dense = AutoModelForCausalLM.from_pretrained(source).eval()
+        self.dense = AutoModelForCausalLM.from_pretrained(source).eval().to(device)
         self.searched = copy.deepcopy(self.dense).to(getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
-        self.unseen = windows(tokenizer, split, 1, self.measured_window)[:measured]
-        self.known = windows(tokenizer, "search", self.search_batch, self.search_window)
+        self.unseen = placed(windows(tokenizer, split, 1, self.measured_window)[:measured], self.dense.device)
+        self.known = placed(windows(tokenizer, "search", self.search_batch, self.search_window), self.dense.device)
         self.dense_perplexity = perplexity(self.dense, self.unseen)
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
@@ -157,6 +162,10 @@ class SmolLM2:
         found = perplexity(model, self.unseen)
         ratio = found / self.dense_perplexity
         return {"loss": math.log(ratio), "perplexity": found, "ratio": ratio}
+
+
+def placed(batches: list[Batch], device: torch.device) -> list[Batch]:
+    return [{name: part.to(device) for name, part in batch.items()} for batch in batches]
 
 
 def windows(tokenizer: Any, split: str, batch_size: int, length: int) -> list[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -37,13 +38,13 @@ def command() -> str:
 
 
 def _commit() -> str:
-    """Of the code, with ``-dirty`` where the code differs from it; empty outside a clone."""
+    """Of the code, with ``-dirty`` where the code differs from it; outside a clone, what ``PATHPRUNE_COMMIT`` says."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         root = Path(__file__).parents[1]
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
 
-    name = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    name = git("rev-parse", "--short=10", "HEAD").stdout.strip() or os.environ.get("PATHPRUNE_COMMIT", "")
     changed = git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/**/*.py").returncode == 1
     return f"{name}-dirty" if changed else name
 

@@ -173,7 +173,7 @@ def test_rescaling_is_the_least_squares(make: Any) -> None:
 
 
 def test_record_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(frontier.MODELS, "minilm", lambda split: bert())
+    monkeypatch.setitem(frontier.MODELS, "minilm", lambda split, device: bert())
     monkeypatch.setitem(frontier.METHODS, "flap", lambda problem: 1 / 0)
     out, plot = tmp_path / "frontier.json", tmp_path / "frontier.svg"
     arguments = ["--model", "minilm", "--out", str(out), "--plot", str(plot), "--seeds", "2", "--methods"]

@@ -55,7 +55,7 @@ def squared_gradients(problem: Problem) -> dict[str, Tensor]:
     names = {f"{slot.module}.weight" for pair in problem.pairs for slot in pair.slots}
     noise = torch.Generator().manual_seed(problem.seed)
     watched = {name: p.requires_grad_() for name, p in model.named_parameters() if name in names}
-    squares = {name: torch.zeros(p.shape) for name, p in watched.items()}
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in watched.items()}
     for batch in problem.batches:
         value = problem.objective.probe(model(**batch), batch, noise)
         for name, gradient in zip(watched, torch.autograd.grad(value, list(watched.values())), strict=True):

@@ -57,6 +57,11 @@ class Problem:
     settings: Mapping[str, Any]
 
     @property
+    def device(self) -> torch.device:
+        """Of the models and the batches; scores are on the CPU."""
+        return next(self.model.parameters()).device
+
+    @property
     def sizes(self) -> list[int]:
         """Units of every pair."""
         return [pair.groups * pair.units for pair in self.pairs]
@@ -89,7 +94,8 @@ class Problem:
 def weights(problem: Problem, pair: Pair, slot: Slot) -> Tensor:
     """The rows or columns of a map that belong to the pair's inner dimensions, (G, R, D, features)."""
     module = linear_map(problem.dense, slot.module)
-    return axis_first(module.weight.detach(), module, slot.side)[torch.from_numpy(slot.index(pair.groups, pair.width))]
+    index = torch.from_numpy(slot.index(pair.groups, pair.width))
+    return axis_first(module.weight.detach().cpu(), module, slot.side)[index]
 
 
 def by_unit(pair: Pair, by_dim: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def moments(problem: Problem) -> dict[tuple[str, Slot], tuple[Tensor, Tensor]]:
             if (pair.name, slot) in sums:
                 count, first, second = sums[pair.name, slot]
                 index = torch.from_numpy(slot.index(pair.groups, pair.width))
-                found[pair.name, slot] = (first[index] / count, second[index] / count)
+                found[pair.name, slot] = (first.cpu()[index] / count, second.cpu()[index] / count)
     return found
 
 
@@ -157,10 +163,10 @@ def probes(problem: Problem, count: int | None = None) -> Tensor:
     rows = []
     with attach_masks(problem.model, problem.pairs, masks):
         for batch in problem.batches if count is None else problem.passes(count):
-            ones = torch.ones(samples(batch), sum(problem.sizes), requires_grad=True)
+            ones = torch.ones(samples(batch), sum(problem.sizes), device=problem.device, requires_grad=True)
             masks.update(problem.split(ones))
             value = problem.objective.probe(problem.model(**batch), batch, noise)
-            rows.append(torch.autograd.grad(value, ones)[0].float())
+            rows.append(torch.autograd.grad(value, ones)[0].float().cpu())
     return torch.cat(rows)
 
 
@@ -178,7 +184,7 @@ def mask_gradients(problem: Problem, targets: Targets) -> Iterator[Callable[[Ten
             masks.clear()
             target = targets(batch)
             leaf = mask.detach().clone().requires_grad_()
-            masks.update(problem.split(leaf))
+            masks.update(problem.split(leaf.to(problem.device)))
             loss = problem.objective.loss(problem.model(**batch), batch, target)
             return torch.autograd.grad(loss, leaf)[0].float()
 

@@ -170,7 +170,7 @@ def overlaps(problem: Problem) -> dict[str, Tensor]:
         index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width)).transpose(0, 1).flatten(1)  # (R, G D)
         rows = weights(problem, pair, pair.consumer).transpose(0, 1).flatten(1, 2).double()  # (R, G D, outputs)
         places, flat = index.flatten(), rows.flatten(0, 1)
-        by_place = found[pair.name][places[:, None], places] * (flat @ flat.mT)
+        by_place = found[pair.name].cpu()[places[:, None], places] * (flat @ flat.mT)
         found[pair.name] = by_place.unflatten(1, (len(rows), -1)).unflatten(0, (len(rows), -1)).sum((0, 2))
     return found
 

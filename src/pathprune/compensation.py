@@ -223,8 +223,9 @@ class Compensator:
         mask, fill = mask.to(self.centre.device), fill.to(self.centre.device)
         mask, fill = by_place(mask, len(self.centre)), constant(fill, self.centre)
         left, gone, fitted = self.fit(mask.detach() != 0)
-        told: Tensor = _Told.apply(x, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
-        return told
+        rows = x.flatten(0, -2)  # of two dimensions, whose columns are read several times faster
+        told: Tensor = _Told.apply(rows, mask.to(x), fill.to(x), self.centre.to(x), left, gone, fitted.to(x))
+        return told.view_as(x)
 
     def fit(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(K,) and (R,), what stays and what leaves, and (K, R), B; that of the latest ``keep`` (N,) is remembered.
@@ -325,7 +326,7 @@ class _Told(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
 
         def total(by_token: Tensor) -> Tensor:
-            return by_token.flatten(0, -2).sum(0, dtype=wide).to(mask)
+            return by_token.sum(0, dtype=wide).to(mask)
 
         for_mask, for_fill = torch.zeros_like(mask), torch.zeros_like(mask)
         for_mask[left] = total(for_stays * (x.index_select(-1, left) - centre[left]))

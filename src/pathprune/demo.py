@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pathprune.artifact import write_text
 from pathprune.budget import Budget
-from pathprune.data import Batch, tokenized
+from pathprune.data import Batch, Batches, tokenized
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
 from pathprune.hub import save_model
@@ -159,7 +159,8 @@ def embed(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Normalised mean-pooled embeddings, (texts, d)."""
     mean = EmbeddingObjective()
     with evaluating(model), torch.inference_mode():
-        return torch.cat([F.normalize(mean.embeddings(model(**batch), batch), dim=-1) for batch in batches])
+        placed = Batches(model, batches).once()
+        return torch.cat([F.normalize(mean.embeddings(model(**batch), batch), dim=-1).cpu() for batch in placed])
 
 
 def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Callable[[str], None]) -> dict[str, Any]:

@@ -313,7 +313,7 @@ class _Run:
                 shares[pair.name] = untold(pair, values[pair.name], covariance)
         return self.join(shares)
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[None]:
         return mixed(self.batches.device, self.config.bf16)
 
     def attached(self) -> AbstractContextManager[None]:
