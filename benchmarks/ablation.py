@@ -8,15 +8,12 @@ The same data, budget and measures as ``benchmarks/frontier.py``. Runs that ``--
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
-import pathprune as pp
-from baselines import Problem
 from baselines.learned import ours
-from frontier import held, measure, summary
-from models import MODELS
-from pathprune.objectives import get_objective
-from recording import command, parser, search_settings, write_record
+from frontier import Bench, bench_parser, held, measure, summary
+from recording import command, write_record
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},
@@ -38,28 +35,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = parser(__doc__, steps=None, seeds=1)
+    arguments = bench_parser(__doc__, seeds=1)
     arguments.set_defaults(split="choice")
-    arguments.add_argument("--model", required=True, choices=list(MODELS))
     arguments.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     args = arguments.parse_args()
 
-    subject = MODELS[args.model](args.split)
-    steps = args.steps or subject.steps
-    searched = subject.searched.requires_grad_(False)
-    searched.config.use_cache = False
-    setting = {"model": subject.label, "split": args.split, "steps": steps, "settings": search_settings(args)}
+    bench = Bench(args)
+    subject = bench.subject
+    setting = {"model": subject.label, "split": args.split, "steps": bench.steps, "settings": bench.settings}
     runs = held(args.out, setting)
     for seed in range(args.seeds):
-        batches = subject.batches(seed, steps)
-        pairs = pp.find_pairs(searched, batches[0])
-        objective = get_objective(subject.objective, searched, batches[0])
         for name in args.variants:
             done = runs.setdefault(name, [])
             if any(run["seed"] == seed for run in done):
                 continue
-            settings = {**setting["settings"], **VARIANTS[name]}
-            problem = Problem(searched, subject.dense, pairs, batches, objective, steps, seed, settings)
+            problem = replace(bench.problem(seed), settings={**bench.settings, **VARIANTS[name]})
             done.append({"seed": seed, **measure(ours, problem, subject)})
             print(json.dumps({"variant": name, **done[-1]}), flush=True)
             record = {

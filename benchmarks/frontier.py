@@ -139,6 +139,15 @@ def frontier(record: dict[str, Any]) -> Figure:
     return figure
 
 
+def bench_parser(description: str | None, *, seeds: int) -> argparse.ArgumentParser:
+    """The arguments that a ``Bench`` reads, and those of every benchmark."""
+    arguments = parser(description, steps=None, seeds=seeds)
+    arguments.add_argument("--model", required=True, choices=list(MODELS))
+    arguments.add_argument("--keeps", type=float, nargs="+", metavar="SHARE", help="sizes, in place of the model's own")
+    arguments.add_argument("--device", default="cpu", help="that runs the models, such as cuda")
+    return arguments
+
+
 class Bench:
     """Runs methods on one model, with what all of its runs share.
 
@@ -185,12 +194,9 @@ def results(bench: Bench, args: argparse.Namespace, todo: list[tuple[str, int]])
 
 
 def main() -> None:
-    arguments = parser(__doc__, steps=None, seeds=3)
-    arguments.add_argument("--model", required=True, choices=list(MODELS))
+    arguments = bench_parser(__doc__, seeds=3)
     arguments.add_argument("--plot", type=Path, help="SVG file to write")
-    arguments.add_argument("--keeps", type=float, nargs="+", metavar="SHARE", help="sizes, in place of the model's own")
     arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    arguments.add_argument("--device", default="cpu", help="that runs the models, such as cuda")
     arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
     args = arguments.parse_args()
 

@@ -38,13 +38,17 @@ def command() -> str:
 
 
 def _commit() -> str:
-    """Of the code, with ``-dirty`` where the code differs from it; outside a clone, what ``PATHPRUNE_COMMIT`` says."""
+    """Of the code, with ``-dirty`` where the code differs from it; or what ``PATHPRUNE_COMMIT`` says, where the code is
+    no clone's; or empty.
+    """
+    if told := os.environ.get("PATHPRUNE_COMMIT"):
+        return told
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         root = Path(__file__).parents[1]
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
 
-    name = git("rev-parse", "--short=10", "HEAD").stdout.strip() or os.environ.get("PATHPRUNE_COMMIT", "")
+    name = git("rev-parse", "--short=10", "HEAD").stdout.strip()
     changed = git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/**/*.py").returncode == 1
     return f"{name}-dirty" if changed else name
 
