@@ -100,6 +100,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
 
     some = [pair for pair in family.pairs if draw(st.booleans())]
     slope = {pair.name: floats(*pair.shape) for pair in some if pair.scalable}
+    output = {pair.name: floats(2, pair.consumer.size) for pair in some if pair.adjustable and draw(st.booleans())}
     told = {pair.name: moments(pair, rng) for pair in some if pair.fillable and draw(st.booleans())}
     return SolutionPath(
         family.pairs,
@@ -112,6 +113,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
         covariance={name: each[1] for name, each in told.items()},
         basis={pair.name: floats(pair.groups, pair.width, pair.width) for pair in some if pair.rotatable},
         slope=slope,
+        output=output,
         trajectory=Trajectory(floats(steps), floats(steps), floats(steps, len(family.pairs))),
         config={"steps": steps, "nested": {"note": draw(st.text(max_size=5))}},
         versions={"pathprune": "0"},
@@ -140,8 +142,8 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
     Args:
         case: one of ``CASES`` (all but the first and the last have unequal query-key and value widths)
             or of ``EXTREMES``.
-        constants: with fills, scales and well-conditioned rotations, wherever the pairs allow them, and half of
-            the fills with compensation.
+        constants: with fills, scales and well-conditioned rotations, wherever the pairs allow them, half of the fills
+            with compensation, and half of the outputs scaled and shifted.
     """
 
     rng = np.random.default_rng(seed)
@@ -150,7 +152,7 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
         keep = path.select(Budget(keep=0.5)).keep
     else:
         keep = _rectangles(pairs, case, rng)
-    fill, basis, scale, centre, covariance = {}, {}, {}, {}, {}
+    fill, basis, scale, output, centre, covariance = {}, {}, {}, {}, {}, {}
     for pair in pairs if constants else []:
         if pair.fillable:
             fill[pair.name] = rng.normal(size=(pair.groups, pair.width)).astype(np.float32)
@@ -161,7 +163,10 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
             basis[pair.name] = (q * rng.uniform(0.5, 2, size=(pair.groups, 1, pair.width))).astype(np.float32)
         if pair.scalable:
             scale[pair.name] = rng.uniform(0.5, 2, size=pair.shape).astype(np.float32)
-    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale, centre=centre, covariance=covariance)
+        if pair.adjustable and rng.random() < 0.5:
+            output[pair.name] = rng.normal([[1], [0]], 0.1, size=(2, pair.consumer.size)).astype(np.float32)
+    told = {"centre": centre, "covariance": covariance}
+    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale, output=output, **told)
 
 
 def moments(pair: Pair, rng: np.random.Generator) -> tuple[Floats, Floats]:

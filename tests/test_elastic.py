@@ -78,6 +78,10 @@ def test_what_is_trained_is_what_ships(subject: Subject) -> None:
             np.testing.assert_allclose(sizes.masks[pair.name].detach(), selection.mask(pair), rtol=1e-5)
             if pair.name in selection.fill:
                 np.testing.assert_array_equal(sizes.fills[pair.name].detach(), selection.fill[pair.name])
+            thinned = pair.name in selection.output and not selection.keep[pair.name].all()
+            assert (pair.name in sizes.outputs) == thinned
+            if thinned:
+                np.testing.assert_array_equal(sizes.outputs[pair.name], selection.output[pair.name])
     assert 0.3 <= min(levels) < 0.36
     assert 0.94 < max(levels) < 1
     assert abs(np.mean(levels) - 0.65) < 0.03
@@ -88,7 +92,7 @@ def test_same_seed_same_weights(searched: tuple[BertModel, SolutionPath]) -> Non
         pp.elastic(*searched, data=tiny_batches(), steps=3, progress=False) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    for part in ("fill", "slope", "fill_sum", "delta", "delta_sum"):
+    for part in ("fill", "slope", "output", "fill_sum", "delta", "delta_sum"):
         assert getattr(first, part).keys() == getattr(second, part).keys()
         for name, array in getattr(first, part).items():
             np.testing.assert_array_equal(array, getattr(second, part)[name])

@@ -238,6 +238,7 @@ def test_the_gate_is_the_slope_of_a_sigmoid() -> None:
 
 
 SETTINGS = {"lam": 0.5, "temperature": 0.05, "weight": 1.0, "lr": 0.01, "fill_lr": 0.02, "slope_lr": 0.03}
+SETTINGS |= {"output_lr": 0.04, "output_grad": torch.zeros(2, 0)}
 SETTINGS |= {"cost": torch.ones(5), "room": torch.ones(5)}
 
 
@@ -280,18 +281,25 @@ def test_slopes_move_where_they_have_room() -> None:
     torch.testing.assert_close(step.slope, torch.tensor([0, -0.03, 0.03, 0, 0]), check_dtype=False)
 
 
+def test_outputs_move_against_their_gradient() -> None:
+    start, grad = sampled_init(torch.arange(5.0), 3), torch.tensor([[1.0, -2.0, 0.0], [0.0, 3.0, -1.0]])
+    step = sampled_step(start, torch.zeros(5), torch.zeros(5), **{**SETTINGS, "output_grad": grad})
+    torch.testing.assert_close(step.output, -0.04 * grad.sign(), check_dtype=False)
+
+
 def test_the_level_s_weight_scales_what_adam_remembers() -> None:
-    start = sampled_init(torch.arange(5.0))
+    start = sampled_init(torch.arange(5.0), 5)
     grad = torch.arange(5.0)
-    light, heavy = (sampled_step(start, grad, grad, **{**SETTINGS, "weight": w}) for w in (1.0, 3.0))
-    for part in ("dual_adam", "fill_adam", "slope_adam"):
+    settings = {**SETTINGS, "output_grad": grad.expand(2, 5)}
+    light, heavy = (sampled_step(start, grad, grad, **{**settings, "weight": w}) for w in (1.0, 3.0))
+    for part in ("dual_adam", "fill_adam", "slope_adam", "output_adam"):
         torch.testing.assert_close(getattr(heavy, part).first, 3 * getattr(light, part).first)
 
 
 def test_steps_return_new_states() -> None:
     grad = torch.ones(4)
     lbi, released, sampled = lbi_init(4), released_init(4), sampled_init(torch.arange(4.0))
-    tensors = [*lbi, *released[:3], *released.adam[:2], *sampled[:3], *sampled.dual_adam[:2], *sampled.fill_adam[:2]]
+    tensors = [*lbi, *released[:3], *released.adam[:2], *sampled[:4], *sampled.dual_adam[:2], *sampled.fill_adam[:2]]
     before = [tensor.clone() for tensor in tensors]
     lbi_step(lbi, grad, nu=1, kappa=1, alpha=1, lam=0.1)
     released_step(released, grad, lr=1)

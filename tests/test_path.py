@@ -26,7 +26,7 @@ def assert_equal(one: SolutionPath, other: SolutionPath) -> None:
     assert (one.pairs.base, one.pairs.refused) == (other.pairs.base, other.pairs.refused)
     for name in ("unit", "multiple", "seq_len", "config", "versions"):
         assert getattr(one, name) == getattr(other, name), name
-    for name in ("ranking", "fill", "basis", "slope"):
+    for name in ("ranking", "fill", "basis", "slope", "output"):
         arrays, others = getattr(one, name), getattr(other, name)
         assert arrays.keys() == others.keys()
         for key, array in arrays.items():

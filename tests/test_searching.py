@@ -76,20 +76,27 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
     original = searching._Run._step
 
     def spy(self: Any, batch: Any) -> Any:
-        path = self.path(self.driver.ranking().clone(), self.driver.slope().clone())
+        output = {name: part.numpy() for name, part in self._output(self.driver.output().clone()).items()}
+        fill = {name: part.numpy() for name, part in self._fill(self.driver.fill()).items()}
+        path = self.path(self.driver.ranking().clone(), self.driver.slope().clone(), fill=fill, output=output)
         result = original(self, batch)
         masks = {name: mask.detach().numpy() for name, mask in self.masks.items()}
-        visited.append((path, self.level[-1], masks))
+        outputs = {name: output.detach().numpy() for name, output in self.outputs.items()}
+        visited.append((path, self.level[-1], masks, outputs))
         return result
 
     monkeypatch.setattr(searching._Run, "_step", spy)
     run(model, unit="mixed")
-    assert len({level for _, level, _ in visited}) == len(visited) == 9
-    for path, level, masks in visited:
+    assert len({level for _, level, *_ in visited}) == len(visited) == 9
+    for path, level, masks, outputs in visited:
         shipped = path.select(Budget(keep=level))
         for pair in path.pairs:
             np.testing.assert_array_equal(masks[pair.name], shipped.mask(pair).astype(np.float32))
+            assert (pair.name in outputs) == (pair.adjustable and not shipped.keep[pair.name].all())
+            if pair.name in outputs:
+                np.testing.assert_allclose(outputs[pair.name], shipped.output[pair.name], rtol=1e-6)
     assert any(len(np.unique(mask)) > 2 for mask in visited[-1][2].values()), "masks were scaled"
+    assert any((output != [[1], [0]]).any() for output in visited[-1][3].values()), "outputs were scaled"
 
 
 def test_the_ranking_follows_the_loss() -> None:

@@ -20,7 +20,7 @@ from strategies import moments, paths
 
 
 def path_of(subject: Any, unit: Any = "mixed") -> SolutionPath:
-    """A path with fills, slopes and rotations wherever pairs take them, and compensation in some blocks."""
+    """A path with fills, slopes, outputs and rotations wherever pairs take them, and compensation in some blocks."""
     rng = np.random.default_rng(0)
     pairs = subject.pairs
     told = {pair.name: moments(pair, rng) for pair in pairs if pair.fillable and ".0." in pair.name}
@@ -31,6 +31,7 @@ def path_of(subject: Any, unit: Any = "mixed") -> SolutionPath:
         fill={pair.name: rng.normal(size=(pair.groups, pair.width)) for pair in pairs if pair.fillable},
         basis={pair.name: rng.normal(size=(pair.groups, pair.width, pair.width)) for pair in pairs if pair.rotatable},
         slope={pair.name: rng.uniform(-0.5, 0.5, pair.shape) for pair in pairs if pair.scalable},
+        output={pair.name: rng.uniform(-0.5, 0.5, (2, pair.consumer.size)) for pair in pairs if pair.adjustable},
         centre={name: each[0] for name, each in told.items()},
         covariance={name: each[1] for name, each in told.items()},
     )
@@ -94,7 +95,7 @@ def test_neither_the_model_nor_any_size_changes(subject: Subject, unit: str) -> 
 
 def test_neurons_are_a_prefix_of_the_rows(subjects: dict[str, Subject]) -> None:
     subject = subjects["bert"]
-    path = replace(path_of(subject), slope={}, fill={}, centre={}, covariance={})
+    path = replace(path_of(subject), slope={}, fill={}, output={}, centre={}, covariance={})
     ordered, again = pp.sort_units(subject.model, path)
     selection = again.select(pp.Budget(keep=0.5))
     small = pp.slice_model(ordered, selection)

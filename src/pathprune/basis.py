@@ -32,6 +32,7 @@ from pathprune.pairs import Pair, PairList
 
 Floats = npt.NDArray[np.floating]
 
+FEW = 4  # times the median: a few channels of language models are far larger than all others
 RIDGE = 1e-6  # of the mean variance; keeps dead directions from dividing by zero
 
 
@@ -89,11 +90,13 @@ class Calibration:
         basis: pair name -> (G, D, D), where the pair may be rotated.
         mean, std: pair name -> (G, D), of the inner activation in that basis, where a constant
             may take its place.
+        out: pair name -> (d,), spread of what the consumer puts out, where that may be shifted.
     """
 
     basis: dict[str, Floats] = field(default_factory=dict)
     mean: dict[str, Floats] = field(default_factory=dict)
     std: dict[str, Floats] = field(default_factory=dict)
+    out: dict[str, Floats] = field(default_factory=dict)
 
 
 def calibrate(
@@ -111,10 +114,11 @@ def calibrate(
         fill: whether means and spreads are wanted.
     """
     moments: dict[str, Moments] = {}
+    outputs: dict[str, Moments] = {}
     wanted = [pair for pair in pairs if pair.name in gramians or (fill and pair.fillable)]
     if not wanted:
         return Calibration()
-    with torch.no_grad(), _gathered(model, wanted, moments) as start:
+    with torch.no_grad(), _gathered(model, wanted, moments, outputs) as start:
         for batch in batches:
             start(batch)
             model(**batch)
@@ -134,6 +138,9 @@ def calibrate(
                 spread = spread.diagonal(dim1=-2, dim2=-1)
             found.mean[pair.name] = mean.cpu().float().numpy()
             found.std[pair.name] = spread.clamp_min(0).sqrt().cpu().float().numpy()
+            if pair.adjustable:
+                out = outputs[pair.name].central()[1][0].clamp_min(0).sqrt()
+                found.out[pair.name] = out.clamp_max(FEW * out.median()).cpu().float().numpy()
     return found
 
 
@@ -181,8 +188,12 @@ def sensitivity(model: nn.Module, pairs: Iterable[Pair], gramians: dict[str, Ten
 
 
 @contextmanager
-def _gathered(model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moments]) -> Iterator[Any]:
-    """Hooks that gather moments at every inner activation; yields a function to announce a batch."""
+def _gathered(
+    model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moments], outputs: dict[str, Moments]
+) -> Iterator[Any]:
+    """Hooks that gather moments at every inner activation, and of what consumers put out; yields a function to announce
+    a batch.
+    """
     current: Mapping[str, Any] = {}
     encoded: Tensor | None = None
 
@@ -194,18 +205,21 @@ def _gathered(model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moment
         nonlocal current
         current = batch
 
+    def rows(y: Tensor, args: tuple[Tensor, ...], module: str) -> Tensor:
+        """Those of real tokens."""
+        # Keys of cross-attention lie in the decoder, and see the encoder's tokens.
+        crossed = args[0] is encoded
+        real = current.get("attention_mask") if crossed else module_mask(model, current, module)
+        if real is not None and real.shape != y.shape[:-1]:  # it sees something else than tokens
+            real = None
+        return y.flatten(0, -2) if real is None else y[real.bool()]
+
     def gather(pair: Pair) -> Any:
         slot, store = pair.consumer, moments.setdefault(pair.name, Moments())
         index = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-            y = args[0] if output is None else output
-            # Keys of cross-attention lie in the decoder, and see the encoder's tokens.
-            crossed = args[0] is encoded
-            real = current.get("attention_mask") if crossed else module_mask(model, current, slot.module)
-            if real is not None and real.shape != y.shape[:-1]:  # it sees something else than tokens
-                real = None
-            y = y.flatten(0, -2) if real is None else y[real.bool()]  # padding tokens do not count
+            y = rows(args[0] if output is None else output, args, slot.module)
             # In attention all tokens count alike, as they do in the balance.
             store.add(
                 y.index_select(-1, index.to(y.device)),
@@ -216,7 +230,15 @@ def _gathered(model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moment
 
         return hook
 
-    handles = []
+    def watch(pair: Pair) -> Any:
+        module, store = pair.consumer.module, outputs.setdefault(pair.name, Moments())
+        return lambda _, args, output: store.add(rows(output, args, module), 1, outer=False, relative=True)
+
+    handles = [
+        model.get_submodule(pair.consumer.module).register_forward_hook(watch(pair))
+        for pair in pairs
+        if pair.adjustable
+    ]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         both: Any = model
         handles.append(both.get_encoder().register_forward_hook(keep_encoded))

@@ -82,6 +82,8 @@ class Selection:
         scale: pair name -> (G, U), what the activation of a unit that stays is multiplied by (its distance from
             the centre, else from the fill, where there is one); folded into the consumer's weights. Counts only
             where a pair loses units; 1 for pairs without one.
+        output: pair name -> (2, d), what the consumer puts out is multiplied by the one and shifted by the other, where
+            the pair loses units; folded into the consumer's weight and bias.
         centre, covariance: pair name -> (N,) and (N, N), N = G R D, of what the consumer reads, in the basis; what
             leaves is told from what stays by them (``pathprune.compensation``). Only pairs with a fill have them.
         delta: parameter name -> array of its shape; one minus the fraction kept of it is added
@@ -99,6 +101,7 @@ class Selection:
     fill: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     basis: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     scale: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    output: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     centre: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     covariance: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     delta: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
@@ -221,4 +224,9 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
         covariance=path.covariance,
         delta=path.delta,
     )
-    return replace(selection, scale={name: 1 + (1 - selection.fraction) * a for name, a in path.slope.items()})
+    gone = 1 - selection.fraction
+    return replace(
+        selection,
+        scale={name: 1 + gone * slope for name, slope in path.slope.items()},
+        output={name: np.stack([1 + gone * gain, gone * shift]) for name, (gain, shift) in path.output.items()},
+    )

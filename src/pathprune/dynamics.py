@@ -28,11 +28,13 @@ class Visited(NamedTuple):
         mask: (N,), what each unit is multiplied by.
         room: (N,), derivative of the mask with respect to the slope.
         edge: the ranking's value where the cut was made.
+        gone: share of the prunable parameters that it lacks.
     """
 
     mask: Tensor
     room: Tensor
     edge: float
+    gone: float
 
 
 class Visit(Protocol):
@@ -48,13 +50,13 @@ class Sampled:
     ROWS = False  # of curvature the mean square is all it needs
 
     def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
-        self.config, self.state, self.visit = config, state, visit
+        self.config, self.state, self.visit, self.gone = config, state, visit, 0.0
         self.cost = params / params.float().mean()
 
     @staticmethod
-    def begin(config: Any, probes: Tensor, params: Tensor) -> State:
+    def begin(config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
         """Rank by curvature per parameter."""
-        return _unpack(inclusion.sampled_init(probes.square().mean(0) / params))
+        return _unpack(inclusion.sampled_init(probes.square().mean(0) / params, outputs))
 
     def level(self, step: int) -> float:
         """A low-discrepancy sequence on [lowest_level, 1]."""
@@ -64,22 +66,25 @@ class Sampled:
     def mask(self, step: int) -> tuple[Tensor, float]:
         level = self.level(step)
         self.visited = self.visit(self.state["dual"], self.state["slope"], level)
+        self.gone = self.visited.gone
         return self.visited.mask, level
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
         cool = 0.5 * (1 + math.cos(math.pi * step / self.config.path_steps))
         state = inclusion.sampled_step(
             inclusion.SampledState(
                 self.state["dual"],
                 self.state["fill"],
                 self.state["slope"],
+                self.state["output"],
                 *(
                     inclusion.Adam(self.state[f"{name}_first"], self.state[f"{name}_second"], step)
-                    for name in ("dual", "fill", "slope")
+                    for name in ("dual", "fill", "slope", "output")
                 ),
             ),
             mask_grad,
             fill_grad,
+            output_grad,
             cost=self.cost,
             room=self.visited.room,
             lam=self.visited.edge,
@@ -88,6 +93,7 @@ class Sampled:
             lr=self.config.lr * cool,
             fill_lr=self.config.fill_lr * cool,
             slope_lr=self.config.slope_lr * cool,
+            output_lr=self.config.output_lr * cool,
         )
         self.state = _unpack(state)
 
@@ -104,6 +110,9 @@ class Sampled:
     def slope(self) -> Tensor:
         return self.state["slope"]
 
+    def output(self) -> Tensor:
+        return self.state["output"]
+
 
 class Lbi:
     """The paper's text, with nu and the steps taken from curvature.
@@ -115,6 +124,7 @@ class Lbi:
     """
 
     ROWS = True  # the step bound needs each sample's
+    gone = 0.0
     SAFETY = 0.5  # of the step bound
     FIRST_ENTRY = 0.2  # of the steps, for a unit whose mask stays at 1
 
@@ -122,7 +132,7 @@ class Lbi:
         self.state = state
 
     @classmethod
-    def begin(cls, config: Any, probes: Tensor, params: Tensor) -> State:
+    def begin(cls, config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
         curvature = probes.square().mean(0)
         curvature = curvature.clamp_min(1e-3 * float(curvature.mean()) + 1e-30)
         pull = float(curvature.quantile(0.25))  # 1/nu
@@ -138,7 +148,7 @@ class Lbi:
     def mask(self, step: int) -> tuple[Tensor, float]:
         return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
         before = inclusion.BregmanState(self.state["mask"], self.state["gamma"], self.state["dual"])
         nu, alpha, lam = self.state["constants"].tolist()
         state = inclusion.lbi_step(before, mask_grad, nu=nu, kappa=self.state["kappa"], alpha=alpha, lam=lam)
@@ -155,11 +165,15 @@ class Lbi:
 
     slope = fill
 
+    def output(self) -> Tensor:
+        return torch.zeros(2, 0)
+
 
 class Released:
     """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart."""
 
     ROWS = False
+    gone = 0.0
     ENTRY = 0.5  # of the steps, for a unit whose mask stays at 1
 
     def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
@@ -167,14 +181,14 @@ class Released:
         self.state, self.mlp = state, mlp
 
     @staticmethod
-    def begin(config: Any, probes: Tensor, params: Tensor) -> State:
+    def begin(config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
         size = probes.shape[1]
         return {**_unpack(inclusion.released_init(size)), "time": torch.zeros(size)}
 
     def mask(self, step: int) -> tuple[Tensor, float]:
         return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor) -> None:
+    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
         s = self.state
         adam = inclusion.Adam(s["adam_first"], s["adam_second"], step)
         state = inclusion.released_step(
@@ -195,6 +209,9 @@ class Released:
         return torch.zeros_like(self.state["mask"])
 
     slope = fill
+
+    def output(self) -> Tensor:
+        return torch.zeros(2, 0)
 
 
 def _unpack(state: inclusion.SampledState | inclusion.ReleasedState) -> State:

@@ -101,15 +101,15 @@ def lyapunov(
 
 
 class Adam(NamedTuple):
-    """First and second moments, (N,), and the number of updates."""
+    """First and second moments, of the gradient's shape, and the number of updates."""
 
     first: Tensor
     second: Tensor
     updates: int
 
 
-def adam_init(size: int) -> Adam:
-    return Adam(torch.zeros(size), torch.zeros(size), 0)
+def adam_init(*shape: int) -> Adam:
+    return Adam(torch.zeros(shape), torch.zeros(shape), 0)
 
 
 def adam_direction(adam: Adam, grad: Tensor) -> tuple[Tensor, Adam]:
@@ -151,24 +151,33 @@ def released_step(state: ReleasedState, grad: Tensor, *, lr: float, weight_decay
 class SampledState(NamedTuple):
     """State of the sampled path; all (N,). The dual is the ranking. Learned beside it are the fill, in standard
     deviations from the mean, and the slope: where a fraction r of the model is kept, a unit that stays has the
-    mask 1 + (1 - r) slope.
+    mask 1 + (1 - r) slope; and of what M maps put out, how they are scaled and, in standard deviations, shifted
+    ((2, M); ``pathprune.path``).
     """
 
     dual: Tensor
     fill: Tensor
     slope: Tensor
+    output: Tensor
     dual_adam: Adam
     fill_adam: Adam
     slope_adam: Adam
+    output_adam: Adam
 
 
-def sampled_init(curvature: Tensor) -> SampledState:
-    """Start from the ranks of a curvature diagonal, scaled to [0, 1], from the mean, and from masks of 1."""
+def sampled_init(curvature: Tensor, outputs: int = 0) -> SampledState:
+    """Start from the ranks of a curvature diagonal, scaled to [0, 1], from the mean, and from masks of 1.
+
+    Args:
+        curvature: (N,).
+        outputs: M.
+    """
     size = len(curvature)
     ranks = torch.empty_like(curvature, dtype=torch.float32)
     ranks[curvature.argsort(stable=True)] = torch.linspace(0, 1, size).to(ranks)
-    zeros = torch.zeros_like(ranks)
-    return SampledState(ranks, zeros, zeros, adam_init(size), adam_init(size), adam_init(size))
+    zeros, still = torch.zeros_like(ranks), torch.zeros(2, outputs)
+    adams = (adam_init(size), adam_init(size), adam_init(size), adam_init(2, outputs))
+    return SampledState(ranks, zeros, zeros, still, *adams)
 
 
 def sampled_gate(dual: Tensor, lam: float, temperature: float) -> Tensor:
@@ -184,6 +193,7 @@ def sampled_step(
     state: SampledState,
     mask_grad: Tensor,
     fill_grad: Tensor,
+    output_grad: Tensor,
     *,
     cost: Tensor,
     room: Tensor,
@@ -193,19 +203,22 @@ def sampled_step(
     lr: float,
     fill_lr: float,
     slope_lr: float,
+    output_lr: float,
 ) -> SampledState:
     """One mirror-descent step on the whole path, seen at one of its points.
 
         V' = V - lr       Adam(weight (dL/dM / cost - price) s)    s = sigmoid'((V - lam) / T)
         c' = c - fill_lr  Adam(weight dL/dc)
         a' = a - slope_lr Adam(weight dL/dM room)
+        o' = o - output_lr Adam(weight dL/do)
 
     A visited size is fixed: a unit comes in only where others of the same cost go out. The price of a unit
     of cost is what those near the threshold give for it on average, sum(s dL/dM) / sum(s cost). So V moves
     by what a unit is worth beyond its price, and nothing moves where all give the same.
 
     Args:
-        mask_grad, fill_grad: (N,), gradients of L at the mask of the level that was visited.
+        mask_grad, fill_grad, output_grad: (N,), (N,) and (2, M), gradients of L at the mask of the level that was
+            visited.
         cost: (N,), of each unit.
         room: (N,), derivative of each unit's mask with respect to its slope: 1 - r where it stayed, or 0.
         lam: the dual's threshold at that level.
@@ -216,11 +229,14 @@ def sampled_step(
     dual, dual_adam = adam_direction(state.dual_adam, weight * (mask_grad / cost - price) * gate)
     fill, fill_adam = adam_direction(state.fill_adam, weight * fill_grad)
     slope, slope_adam = adam_direction(state.slope_adam, weight * mask_grad * room)
+    output, output_adam = adam_direction(state.output_adam, weight * output_grad)
     return SampledState(
         state.dual - lr * dual,
         state.fill - fill_lr * fill,
         state.slope - slope_lr * slope,
+        state.output - output_lr * output,
         dual_adam,
         fill_adam,
         slope_adam,
+        output_adam,
     )

@@ -38,7 +38,9 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     device = next(model.parameters()).device
     covariance = {name: array for name, array in selection.covariance.items() if name in masks}
     told = compensators(selection.centre, covariance, device, torch.float64)
-    with at_size(model, selection), attach_masks(model, selection.pairs, masks, fill, selection.basis, told):
+    outputs = {name: torch.from_numpy(array) for name, array in selection.output.items() if name in masks}
+    attached = attach_masks(model, selection.pairs, masks, fill, selection.basis, told, outputs)
+    with at_size(model, selection), attached:
         yield model
 
 
@@ -50,6 +52,7 @@ def attach_masks(
     fill: Mapping[str, Tensor] | None = None,
     basis: Arrays | None = None,
     told: Mapping[str, Compensator] | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Multiply every unit by its mask, until the context ends.
 
@@ -64,12 +67,17 @@ def attach_masks(
         basis: pair name -> (G, D, D).
         told: pair name -> what tells the units whose mask is zero from the others
             (``pathprune.compensation``); such a pair's masks are (G, U).
+        outputs: pair name -> (2, d), what the consumer puts out is multiplied by the one and shifted by the other;
+            looked up at every forward pass, too.
     """
     handles: list[Any] = []
     fill = {} if fill is None else fill  # an empty one may be filled later
     basis, told = basis or {}, told or {}
     try:
         for pair in pairs:
+            if outputs is not None and pair.adjustable:
+                adjust = _OutputHook(pair, outputs)
+                handles.append(model.get_submodule(pair.consumer.module).register_forward_hook(adjust))
             if pair.name in told:
                 consumer = _ConsumerHook(pair, masks, fill, basis.get(pair.name), told[pair.name])
                 handles.append(model.get_submodule(pair.consumer.module).register_forward_pre_hook(consumer))
@@ -188,6 +196,20 @@ class _ConsumerHook:
         if rotation is None:
             return x
         return torch.einsum("...grd,ged->...gre", x.unflatten(-1, self.shape), rotation.to(x)).flatten(-3)
+
+
+class _OutputHook:
+    """Scales and shifts what a consumer puts out."""
+
+    def __init__(self, pair: Pair, outputs: Mapping[str, Tensor]) -> None:
+        self.pair, self.outputs = pair, outputs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        found = self.outputs.get(self.pair.name)
+        if found is None:
+            return None
+        gain, shift = found.to(output)
+        return torch.addcmul(shift, output, gain)
 
 
 class _StackHook:

@@ -227,6 +227,11 @@ class Pair:
         return not self.mixing
 
     @property
+    def adjustable(self) -> bool:
+        """Whether what the consumer puts out may be scaled and shifted: it has a bias, and reads nothing else."""
+        return self.fillable and not self.consumer.fused
+
+    @property
     def stacked(self) -> bool:
         """Whether the maps are those of many experts in one parameter each."""
         return bool(self.slots[0].parameter)

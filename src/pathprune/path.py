@@ -27,6 +27,7 @@ ARRAYS = {
     "fill": "f4",
     "basis": "f4",
     "slope": "f4",
+    "output": "f4",
     "centre": "f4",
     "covariance": "f4",
     "delta": "f2",
@@ -68,6 +69,8 @@ class SolutionPath:
         basis: pair name -> (G, D, D), see ``Selection``.
         slope: pair name -> (G, U); where a fraction r of the prunable parameters is kept, the ``Selection``'s
             scale is 1 + (1 - r) slope.
+        output: pair name -> (2, d), g and s; there, what the consumer of a pair that loses units puts out is multiplied
+            by 1 + (1 - r) g, and (1 - r) s is added.
         fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
             (``pathprune.sorting``), so that a size can be loaded without the weights of the units that it lacks.
         normal: pair name -> (N, d), the covariance times the consumer's weight, for the same; where there is one.
@@ -88,6 +91,7 @@ class SolutionPath:
     fill: dict[str, Floats] = field(default_factory=dict)
     basis: dict[str, Floats] = field(default_factory=dict)
     slope: dict[str, Floats] = field(default_factory=dict)
+    output: dict[str, Floats] = field(default_factory=dict)
     centre: dict[str, Floats] = field(default_factory=dict)
     covariance: dict[str, Floats] = field(default_factory=dict)
     fill_sum: dict[str, Floats] = field(default_factory=dict)
@@ -127,6 +131,8 @@ class SolutionPath:
             | (set(self.slope) - scalable),
         ):
             raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
+        if wrong := sorted(set(self.output) - {p.name for p in self.pairs if p.adjustable and p.name in self.fill}):
+            raise MismatchError(f"an output for {wrong[0]}, which has no fill or shares its consumer, or is no pair")
         if not set(self.centre) == set(self.covariance) <= set(self.fill):
             raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
         if not set(self.normal) <= set(self.covariance):
@@ -143,6 +149,8 @@ class SolutionPath:
                 check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
             if pair.name in self.slope:
                 check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
+            if pair.name in self.output:
+                check_array(f"output of {pair.name}", self.output[pair.name], (2, pair.consumer.size))
             if pair.name in self.centre:
                 inner = (pair.groups * pair.consumer.repeat * pair.width,)
                 check_array(f"centre of {pair.name}", self.centre[pair.name], inner)

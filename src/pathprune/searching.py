@@ -37,6 +37,7 @@ CHECKPOINT_EVERY = 50  # steps
 CURVATURE_SHARE = 6  # one step in so many
 BASIS_SHARE = 4  # of these batches, one in so many is read once more
 STATISTICS_BATCHES = 64
+RATES = ("fill_lr", "slope_lr", "output_lr")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class SearchConfig:
         lr: of the sampled path's dual at the start; it falls to zero along a cosine.
         fill_lr: of its fills, in standard deviations of the activation they stand for.
         slope_lr: of its slopes, by which units that stay are scaled as others go; 0 leaves them as they are.
+        output_lr: of the scales and shifts of what output projections and down maps put out, which grow as others go,
+            too, shifts in standard deviations; 0 does without. Only with a fill.
         temperature: of the sampled path's surrogate gate.
         lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
         bf16: multiply matrices in bfloat16, weights staying as they are: up to twice as fast where the hardware can.
@@ -77,6 +80,7 @@ class SearchConfig:
     lr: float = 0.005
     fill_lr: float = 0.005
     slope_lr: float = 0.02
+    output_lr: float = 0.01
     temperature: float = 0.05
     lowest_level: float = 0.1
     bf16: bool = False
@@ -94,8 +98,8 @@ class SearchConfig:
             raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
         if self.lr <= 0 or self.temperature <= 0:
             raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
-        if self.fill_lr < 0 or self.slope_lr < 0:
-            raise DataError(f"fill_lr={self.fill_lr} and slope_lr={self.slope_lr} must not be negative")
+        if negative := [f"{name}={getattr(self, name)}" for name in RATES if getattr(self, name) < 0]:
+            raise DataError(f"{' and '.join(negative)} must not be negative")
 
     @property
     def compensates(self) -> bool:
@@ -206,6 +210,7 @@ class _Run:
         self.seq_len = _tokens(model, pairs, batches.first)
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.centre: dict[str, Floats] = {}
         self.covariance: dict[str, Floats] = {}
         self.complete: tuple[int, dict[str, Tensor]] = (0, {})  # updates, and the driver's state after them
@@ -250,7 +255,7 @@ class _Run:
         if config.curvature_steps:
             probes = self._probe(first, rows=kind.ROWS)
             probes *= self._untold(probes).sqrt()
-        self.driver = self._driver(kind.begin(config, probes, self.params))
+        self.driver = self._driver(kind.begin(config, probes, self.params, sum(map(len, self._spreads().values()))))
         self.complete = 0, self.driver.state
 
     @property
@@ -271,6 +276,20 @@ class _Run:
             name: torch.from_numpy(found.mean[name]).to(part) + torch.from_numpy(found.std[name]).to(part) * part
             for name, part in self.split(deviation).items()
             if name in found.mean
+        }
+
+    def _spreads(self) -> dict[str, Floats]:
+        """Pair name -> (d,), of the outputs that are scaled and shifted, in the order in which they are held."""
+        learned = self.config.dynamics == "sampled" and self.config.output_lr > 0
+        return {pair.name: self.found.out[pair.name] for pair in self.pairs if learned and pair.name in self.found.out}
+
+    def _output(self, flat: Tensor) -> dict[str, Tensor]:
+        """Pair name -> (2, d), as a path has it, from (2, M)."""
+        spreads = self._spreads()
+        parts = zip(spreads.items(), flat.split([len(spread) for spread in spreads.values()], dim=1), strict=True)
+        return {
+            name: torch.stack([gain, torch.from_numpy(spread).to(shift) * shift])
+            for (name, spread), (gain, shift) in parts
         }
 
     def _probe(
@@ -319,7 +338,7 @@ class _Run:
     def attached(self) -> AbstractContextManager[None]:
         """Masks, fills and compensation, for the steps on the path."""
         told = compensators(self.centre, self.covariance, self.batches.device)
-        return attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis, told)
+        return attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis, told, self.outputs)
 
     def visit(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
         """Exactly what the path would ship at ``level``."""
@@ -330,7 +349,8 @@ class _Run:
         scaled = {pair.name: torch.from_numpy(keep & pair.scalable & ~keep.all()) for pair, keep in keeps.items()}
         room = (1 - selection.fraction) * self.join(scaled).float()
         value = path.order.value
-        return Visited(mask, room, float(value[min(selection.removals, len(value) - 1)]))
+        edge = float(value[min(selection.removals, len(value) - 1)])
+        return Visited(mask, room, edge, 1 - selection.fraction)
 
     def path(self, ranking: Tensor, slope: Tensor, **rest: Any) -> SolutionPath:
         scalable = {pair.name for pair in self.pairs if pair.scalable}
@@ -364,6 +384,7 @@ class _Run:
             self.driver.ranking(),
             self.driver.slope(),
             fill={name: part.numpy() for name, part in self._fill(self.driver.fill()).items()},
+            output={name: part.numpy() for name, part in self._output(self.driver.output()).items()},
             basis=self.found.basis,
             centre=self.centre,
             covariance=self.covariance,
@@ -381,21 +402,34 @@ class _Run:
         mask, level = self.driver.mask(self.done)
         leaf = mask.detach().to(self.batches.device).requires_grad_()
         fill = self.driver.fill().detach().to(leaf.device).requires_grad_()
+        output = self.driver.output().detach().to(leaf.device).requires_grad_()
         self.masks.clear()
+        self.outputs.clear()
         with self.precision():
             target = self.targets(batch)
             self.masks.update(self.split(leaf))
             self.fills.update(self._fill(fill))
+            self.outputs.update(self._outputs(output, mask))
             outputs = self.model(**batch)
         loss = self.objective.loss(outputs, batch, target)
         value = check_finite(loss, f"at step {self.done}, with {level:.0%} of the model kept")
-        grads = torch.autograd.grad(loss, (leaf, fill), allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, (leaf, fill, output), allow_unused=True, materialize_grads=True)
         self.driver.learn(self.done, *(grad.float().cpu() for grad in grads))
         self.loss.append(value)
         self.level.append(level)
         self.gamma_l1.append([float(part.sum()) for part in self.driver.gamma().abs().split(self.sizes)])
         self.complete = self.done + 1, self.driver.state  # one assignment: Ctrl-C falls before or after it
         return value, level
+
+    def _outputs(self, flat: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Pair name -> (2, d), as the size with this mask has it."""
+        thinned = {name for name, part in self.split(mask).items() if not part.all()}
+        gone = self.driver.gone
+        return {
+            name: torch.stack([1 + gone * gain, gone * shift])
+            for name, (gain, shift) in self._output(flat).items()
+            if name in thinned
+        }
 
     def _trajectory(self) -> Trajectory:
         return Trajectory(
@@ -430,13 +464,13 @@ class _Run:
             return
         if self.config.compensates:
             tensors |= read_artifact(self.out, "statistics", CHECKPOINT_FORMAT)[1]
-        names = ("state", "basis", "mean", "std", "centre", "covariance", "trajectory")
+        names = ("state", "basis", "mean", "std", "out", "centre", "covariance", "trajectory")
         parts: dict[str, dict[str, Any]] = {name: {} for name in names}
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = array
-            self.found = Calibration(parts["basis"], parts["mean"], parts["std"])
+            self.found = Calibration(parts["basis"], parts["mean"], parts["std"], parts["out"])
             self.centre, self.covariance = parts["centre"], parts["covariance"]
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
             self.complete = int(meta["step"]), self.driver.state

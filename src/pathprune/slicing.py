@@ -301,6 +301,9 @@ def sliced_map(
         if slot == pair.consumer and not selection.keep[pair.name].all():
             whole = compensate if pair.name in selection.covariance else plain
             weight, bias = (fold or whole)(weight, bias, pair, slot, selection)
+            if pair.name in selection.output:
+                gain, shift = torch.from_numpy(selection.output[pair.name]).to(weight.device, torch.float64)
+                weight, bias = weight * gain, (shift if bias is None else bias * gain + shift)
     kept = torch.from_numpy(axis.places()[0]).to(weight.device)
     if bias is not None and axis.side == "out":
         bias = bias[kept]

@@ -153,7 +153,8 @@ def test_masks_work_in_mixed_precision(subject: Subject) -> None:
     fill = {name: torch.from_numpy(array) for name, array in selection.fill.items()}
     cpu = torch.device("cpu")
     told = compensators(selection.centre, selection.covariance, cpu)
-    with attach_masks(model, subject.pairs, masks, fill, selection.basis, told), mixed(cpu, True):
+    outputs = {name: torch.from_numpy(array) for name, array in selection.output.items() if not masks[name].all()}
+    with attach_masks(model, subject.pairs, masks, fill, selection.basis, told, outputs), mixed(cpu, True):
         rough = {name: tensor.double() for name, tensor in run(model, inputs).items()}
     print(f"{subject.row.name}: {gap(rough, exact):.3f}")
     assert gap(rough, exact) < 0.1
@@ -161,10 +162,10 @@ def test_masks_work_in_mixed_precision(subject: Subject) -> None:
 
 def test_sorting_units_changes_neither_the_model_nor_a_size(subject: Subject, tmp_path: Path) -> None:
     """And a size of the sorted model, saved whole, can be loaded alone, with what elastic training would have added."""
-    some = selection_of(subject.pairs, "full")  # for its rotations, fills and compensation
+    some = selection_of(subject.pairs, "full")  # for its rotations, fills, compensation and outputs
     scores = {pair.name: np.random.default_rng(0).random(pair.shape) for pair in subject.pairs}
-    moments = {"centre": dict(some.centre), "covariance": dict(some.covariance)}
-    path = SolutionPath(subject.pairs, scores, fill=dict(some.fill), basis=dict(some.basis), **moments)
+    parts = {part: dict(getattr(some, part)) for part in ("fill", "basis", "output", "centre", "covariance")}
+    path = SolutionPath(subject.pairs, scores, **parts)
     ordered, again = sort_units(subject.model, path)
     expected = run(subject.model, subject.inputs, rounded=False)
     assert gap(run(ordered, subject.inputs, rounded=False), expected) < EXACT

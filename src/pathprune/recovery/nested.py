@@ -83,7 +83,7 @@ def elastic(
 
     hidden = None if progress is None else not progress
     told = compensators(path.centre, path.covariance, batches.device)
-    masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told)
+    masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told, outputs=sizes.outputs)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
     beside = [*sizes.slope.values(), *sizes.shift.values()]
     with evaluating(model if teacher is None else teacher.teacher), evaluating(student), masks:
@@ -135,6 +135,7 @@ class _Sizes:
     Attributes:
         masks: pair name -> (G, U), as ``Selection.mask`` has it.
         fills: pair name -> (G, D).
+        outputs: pair name -> (2, d), as ``Selection.output`` has it, of the pairs that lose units.
         slope, shift: pair name -> (G, U), trained; a fill is where it was, plus its mean size times its shift.
     """
 
@@ -142,6 +143,7 @@ class _Sizes:
         self.start, self.lowest, self.device = path, lowest, device
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.mean = {name: torch.from_numpy(array).to(device) for name, array in path.fill.items()}
         self.shift = {name: torch.zeros_like(mean).requires_grad_() for name, mean in self.mean.items()}
         self.slope = {name: torch.tensor(array, device=device).requires_grad_() for name, array in path.slope.items()}
@@ -150,6 +152,10 @@ class _Sizes:
         """Put the masks and fills of a step's size in place."""
         level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1)
         selection = self.start.select(Budget(keep=level))
+        self.outputs.clear()
+        for name, output in selection.output.items():
+            if not selection.keep[name].all():
+                self.outputs[name] = torch.from_numpy(output).to(self.device)
         for pair in self.start.pairs:
             keep = selection.keep[pair.name]
             mask = torch.from_numpy(keep).to(self.device, torch.float32)
