@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,9 +181,21 @@ def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> N
         not torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(BATCHES, garbled, strict=True)
     )
     again = calibrate(subject.model, subject.pairs, garbled, felt(subject.model, subject.pairs, garbled), fill=True)
-    for part in ("basis", "mean", "std"):
+    for part in ("basis", "mean", "std", "out"):
         for name, array in getattr(calibration, part).items():
             np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_spreads_of_outputs_are_those_of_the_real_tokens(subject: Subject, calibration: Calibration) -> None:
+    for pair in subject.pairs:
+        if not pair.adjustable:
+            assert pair.name not in calibration.out
+            continue
+        y = activations(subject, replace(pair.consumer, side="out"), 1).double().squeeze(1)  # (tokens, d)
+        weight = 1 / y.norm(dim=1, keepdim=True)
+        weight = weight / weight.sum()
+        spread = (weight * (y - (weight * y).sum(0)).square()).sum(0).sqrt()
+        np.testing.assert_allclose(calibration.out[pair.name], spread.clamp_max(4 * spread.median()), rtol=1e-4)
 
 
 def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
@@ -204,7 +217,7 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
     pairs = find_pairs(model, batch)
     found, again = (calibrate(model, pairs, [one], felt(model, pairs, [one]), fill=True) for one in (batch, garbled))
     assert any("EncDec" in name for name in found.mean)
-    for part in ("basis", "mean", "std"):
+    for part in ("basis", "mean", "std", "out"):
         for name, array in getattr(found, part).items():
             np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
     gathered = [

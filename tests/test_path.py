@@ -104,6 +104,23 @@ def test_scores_of_other_pairs_are_refused(pairs: PairList, change: Callable[[An
 
 
 @pytest.mark.parametrize(
+    ("fill", "output", "message"),
+    [
+        (
+            {"b.mlp": np.zeros((1, 4))},
+            {"b.mlp": np.zeros((2, 9))},
+            r"output of b.mlp has shape \(2, 9\); the model has",
+        ),
+        ({}, {"b.mlp": np.zeros((2, 8))}, "an output for b.mlp, which has no fill"),
+        ({}, {"a.qk": np.zeros((2, 8))}, "an output for a.qk, which has no fill"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(pairs: PairList, fill: Any, output: Any, message: str) -> None:
+    with pytest.raises(MismatchError, match=message):
+        SolutionPath(pairs, ones(pairs), fill=fill, output=output)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"unit": "row"}, r"unit='row' is not one of mixed, dim, shared, head"),

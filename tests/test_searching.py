@@ -279,6 +279,7 @@ def test_bad_data_is_refused() -> None:
         ({"multiple": 0}, "multiple=0 must be at least 1"),
         ({"lowest_level": 1.0}, "lowest_level=1.0"),
         ({"lr": -1.0}, "lr=-1.0"),
+        ({"fill_lr": -1.0, "output_lr": -2.0}, "fill_lr=-1.0 and output_lr=-2.0 must not be negative"),
         ({"learning_rate": 1.0}, "unknown search setting 'learning_rate'"),
     ],
 )
