@@ -208,8 +208,8 @@ class _OutputHook:
         found = self.outputs.get(self.pair.name)
         if found is None:
             return None
-        gain, shift = found.to(output)
-        return torch.addcmul(shift, output, gain)
+        gain, shift = found.to(output.device)
+        return (output * gain + shift).to(output.dtype)  # in 16 bits, a gain near 1 would be 1
 
 
 class _StackHook:
