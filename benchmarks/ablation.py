@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without compensation": {"compensate": False},
     "without compensation and fills": {"fill": False},
     "without slopes": {"slope_lr": 0.0},
-    "without gains and shifts of outputs": {"output_lr": 0.0},
+    "without gains and shifts of outputs": {"output_lr": 0.0},  # what all but language models have as shipped
     "fills stay at the mean": {"fill_lr": 0.0},
     "without rotations": {"basis": False},
     "dual step twice as large": {"lr": 0.01},

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pathprune as pp
-from helpers import tiny_batches, tiny_bert
+from helpers import VOCAB, tiny_batches, tiny_bert
 from pathprune import searching
 from pathprune.budget import Budget
 from pathprune.data import Batches
@@ -86,7 +87,7 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
         return result
 
     monkeypatch.setattr(searching._Run, "_step", spy)
-    run(model, unit="mixed")
+    run(model, unit="mixed", output_lr=0.01)
     assert len({level for _, level, *_ in visited}) == len(visited) == 9
     for path, level, masks, outputs in visited:
         shipped = path.select(Budget(keep=level))
@@ -97,6 +98,19 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
                 np.testing.assert_allclose(outputs[pair.name], shipped.output[pair.name], rtol=1e-6)
     assert any(len(np.unique(mask)) > 2 for mask in visited[-1][2].values()), "masks were scaled"
     assert any((output != [[1], [0]]).any() for output in visited[-1][3].values()), "outputs were scaled"
+
+
+def test_outputs_are_learned_where_the_objective_is_a_distribution() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    data = [{"input_ids": batch["input_ids"]} for batch in tiny_batches()]
+    path = pp.search(model, data, steps=12, multiple=2, progress=False)
+    assert (path.config["objective"], path.config["output_lr"]) == ("logits", 0.01)
+    assert set(path.output) == {pair.name for pair in path.pairs if pair.adjustable}
+    assert all((output != 0).any() for output in path.output.values())
+    path = run(tiny_bert())
+    assert (path.config["objective"], path.config["output_lr"], path.output) == ("embedding", 0.0, {})
 
 
 def test_the_ranking_follows_the_loss() -> None:

@@ -37,6 +37,7 @@ CHECKPOINT_EVERY = 50  # steps
 CURVATURE_SHARE = 6  # one step in so many
 BASIS_SHARE = 4  # of these batches, one in so many is read once more
 STATISTICS_BATCHES = 64
+OUTPUT_LR = 0.01
 RATES = ("fill_lr", "slope_lr", "output_lr")
 
 
@@ -59,7 +60,8 @@ class SearchConfig:
         fill_lr: of its fills, in standard deviations of the activation they stand for.
         slope_lr: of its slopes, by which units that stay are scaled as others go; 0 leaves them as they are.
         output_lr: of the scales and shifts of what output projections and down maps put out, which grow as others go,
-            too, shifts in standard deviations; 0 does without. Only with a fill.
+            too, shifts in standard deviations; 0 does without, ``None`` is 0.01 for the objective ``logits``, and 0 for
+            others, which it does not help (docs/ablation.md). Only with a fill.
         temperature: of the sampled path's surrogate gate.
         lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
         bf16: multiply matrices in bfloat16, weights staying as they are: up to twice as fast where the hardware can.
@@ -80,7 +82,7 @@ class SearchConfig:
     lr: float = 0.005
     fill_lr: float = 0.005
     slope_lr: float = 0.02
-    output_lr: float = 0.01
+    output_lr: float | None = None
     temperature: float = 0.05
     lowest_level: float = 0.1
     bf16: bool = False
@@ -98,7 +100,7 @@ class SearchConfig:
             raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
         if self.lr <= 0 or self.temperature <= 0:
             raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
-        if negative := [f"{name}={getattr(self, name)}" for name in RATES if getattr(self, name) < 0]:
+        if negative := [f"{name}={getattr(self, name)}" for name in RATES if (getattr(self, name) or 0) < 0]:
             raise DataError(f"{' and '.join(negative)} must not be negative")
 
     @property
@@ -172,6 +174,8 @@ def search(
         batches = Batches(model, data)
         goal = get_objective(objective, model, batches.first)
         config = replace(config, objective=objective_name(goal))
+        if config.output_lr is None:
+            config = replace(config, output_lr=OUTPUT_LR if config.objective == "logits" else 0.0)
         pairs = find_pairs(model, batches.first)
         if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
             path = SolutionPath.load(out)
@@ -280,7 +284,7 @@ class _Run:
 
     def _spreads(self) -> dict[str, Floats]:
         """Pair name -> (d,), of the outputs that are scaled and shifted, in the order in which they are held."""
-        learned = self.config.dynamics == "sampled" and self.config.output_lr > 0
+        learned = self.config.dynamics == "sampled" and self.config.output_lr
         return {pair.name: self.found.out[pair.name] for pair in self.pairs if learned and pair.name in self.found.out}
 
     def _output(self, flat: Tensor) -> dict[str, Tensor]:
