@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
@@ -100,7 +100,7 @@ def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.Monk
     assert any((output != [[1], [0]]).any() for output in visited[-1][3].values()), "outputs were scaled"
 
 
-def test_outputs_are_learned_where_the_objective_is_a_distribution() -> None:
+def test_outputs_are_learned_of_language_models_alone() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
@@ -111,6 +111,10 @@ def test_outputs_are_learned_where_the_objective_is_a_distribution() -> None:
     assert all((output != 0).any() for output in path.output.values())
     path = run(tiny_bert())
     assert (path.config["objective"], path.config["output_lr"], path.output) == ("embedding", 0.0, {})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    classifier = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    path = pp.search(classifier, [{"pixel_values": torch.randn(3, 3, 8, 8)}], steps=3, multiple=2, progress=False)
+    assert (path.config["objective"], path.config["output_lr"], path.output) == ("logits", 0.0, {})
 
 
 def test_the_ranking_follows_the_loss() -> None:

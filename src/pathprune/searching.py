@@ -60,8 +60,8 @@ class SearchConfig:
         fill_lr: of its fills, in standard deviations of the activation they stand for.
         slope_lr: of its slopes, by which units that stay are scaled as others go; 0 leaves them as they are.
         output_lr: of the scales and shifts of what output projections and down maps put out, which grow as others go,
-            too, shifts in standard deviations; 0 does without, ``None`` is 0.01 for the objective ``logits``, and 0 for
-            others, which it does not help (docs/ablation.md). Only with a fill.
+            too, shifts in standard deviations; 0 does without. ``None`` is 0.01 for texts and the objective ``logits``,
+            and 0 for all others, which it does not help (docs/ablation.md). Only with a fill.
         temperature: of the sampled path's surrogate gate.
         lowest_level: smallest fraction of the prunable parameters that the sampled path visits.
         bf16: multiply matrices in bfloat16, weights staying as they are: up to twice as fast where the hardware can.
@@ -175,7 +175,8 @@ def search(
         goal = get_objective(objective, model, batches.first)
         config = replace(config, objective=objective_name(goal))
         if config.output_lr is None:
-            config = replace(config, output_lr=OUTPUT_LR if config.objective == "logits" else 0.0)
+            language = config.objective == "logits" and "input_ids" in batches.first
+            config = replace(config, output_lr=OUTPUT_LR if language else 0.0)
         pairs = find_pairs(model, batches.first)
         if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
             path = SolutionPath.load(out)
