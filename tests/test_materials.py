@@ -75,7 +75,7 @@ def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:
 def test_dinov2_tells_clothes_apart() -> None:
     from models import DINOv2
 
-    subject = DINOv2("choice", 512, 256)
+    subject = DINOv2("choice", references=512, queries=256)
     model = subject.dense
     quality = subject.quality(model)
     assert quality["cosine"] == pytest.approx(1, abs=1e-5)
