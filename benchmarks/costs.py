@@ -34,7 +34,8 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
     pairs = pp.find_pairs(model)
     fresh, known, dense = [], [], []
     with _frozen(model):
-        run = _Run(model, pairs, Batches(model, batches), objective, SearchConfig(steps=10 * rounds), None, False)
+        config = SearchConfig(steps=10 * rounds).suited(objective, batches[0])
+        run = _Run(model, pairs, Batches(model, batches), objective, config, None, False)
         run.start()
         same = list(islice(iter(Batches(model, batches)), rounds))
         for batch in same:

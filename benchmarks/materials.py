@@ -46,7 +46,11 @@ def smollm2() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-        os.rename(part, folder)  # whole, or not at all
+        try:
+            os.rename(part, folder)  # whole, or not at all
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
     return folder
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import materials
 from pathprune import demo
-from pathprune.data import Batch, packed
+from pathprune.data import Batch, packed, placed
 from pathprune.objectives import EmbeddingObjective
 
 NEIGHBOURS = 10
@@ -49,7 +49,8 @@ class MiniLM:
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
         """40 batches of 16 short texts; the search goes round them."""
-        return placed(demo.calibration(self.tokenizer, seed)[: min(steps, demo.SEARCH_BATCHES)], self.dense.device)
+        known = demo.calibration(self.tokenizer, seed)[: min(steps, demo.SEARCH_BATCHES)]
+        return [placed(batch, self.dense.device) for batch in known]
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         found = self.judge(model)
@@ -110,7 +111,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def pictures(images: Tensor, batch_size: int, device: torch.device) -> list[Batch]:
-    return placed([{"pixel_values": materials.pixel_values(part)} for part in images.split(batch_size)], device)
+    return [placed({"pixel_values": materials.pixel_values(part)}, device) for part in images.split(batch_size)]
 
 
 def nearest(known: Tensor, labels: Tensor, unseen: Tensor) -> Tensor:
@@ -148,8 +149,9 @@ class SmolLM2:
         self.dense = AutoModelForCausalLM.from_pretrained(source).eval().to(device)
         self.searched = copy.deepcopy(self.dense).to(getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
-        self.unseen = placed(windows(tokenizer, split, 1, self.measured_window)[:measured], self.dense.device)
-        self.known = placed(windows(tokenizer, "search", self.search_batch, self.search_window), self.dense.device)
+        unseen = windows(tokenizer, split, 1, self.measured_window)[:measured]
+        known = windows(tokenizer, "search", self.search_batch, self.search_window)
+        self.unseen, self.known = ([placed(batch, self.dense.device) for batch in part] for part in (unseen, known))
         self.dense_perplexity = perplexity(self.dense, self.unseen)
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
@@ -162,10 +164,6 @@ class SmolLM2:
         found = perplexity(model, self.unseen)
         ratio = found / self.dense_perplexity
         return {"loss": math.log(ratio), "perplexity": found, "ratio": ratio}
-
-
-def placed(batches: list[Batch], device: torch.device) -> list[Batch]:
-    return [{name: part.to(device) for name, part in batch.items()} for batch in batches]
 
 
 def windows(tokenizer: Any, split: str, batch_size: int, length: int) -> list[Batch]:

@@ -43,7 +43,7 @@ def gramians(subjects: dict[str, Subject]) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def calibrations(subjects: dict[str, Subject], gramians: dict[str, dict[str, Tensor]]) -> dict[str, Calibration]:
-    return {f: calibrate(s.model, s.pairs, BATCHES, gramians[f], fill=True) for f, s in subjects.items()}
+    return {f: calibrate(s.model, s.pairs, BATCHES, gramians[f], fill=True, spreads=True) for f, s in subjects.items()}
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_the_basis_does_not_know_how_large_gradients_are(
 ) -> None:
     """Else weights in sixteen bits would go under, or over."""
     small = {name: 1e-20 * gramian for name, gramian in gramians[subject.family].items()}
-    again = calibrate(subject.model, subject.pairs, BATCHES, small, fill=True)
+    again = calibrate(subject.model, subject.pairs, BATCHES, small, fill=True, spreads=True)
     for name, array in calibration.basis.items():
         np.testing.assert_allclose(again.basis[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
 
@@ -180,7 +180,9 @@ def test_padding_does_not_count(subject: Subject, calibration: Calibration) -> N
     assert any(
         not torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(BATCHES, garbled, strict=True)
     )
-    again = calibrate(subject.model, subject.pairs, garbled, felt(subject.model, subject.pairs, garbled), fill=True)
+    again = calibrate(
+        subject.model, subject.pairs, garbled, felt(subject.model, subject.pairs, garbled), fill=True, spreads=True
+    )
     for part in ("basis", "mean", "std", "out"):
         for name, array in getattr(calibration, part).items():
             np.testing.assert_allclose(getattr(again, part)[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
@@ -215,7 +217,9 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
         "decoder_input_ids": batch["decoder_input_ids"].where(batch["decoder_attention_mask"].bool(), torch.tensor(1)),
     }
     pairs = find_pairs(model, batch)
-    found, again = (calibrate(model, pairs, [one], felt(model, pairs, [one]), fill=True) for one in (batch, garbled))
+    found, again = (
+        calibrate(model, pairs, [one], felt(model, pairs, [one]), fill=True, spreads=True) for one in (batch, garbled)
+    )
     assert any("EncDec" in name for name in found.mean)
     for part in ("basis", "mean", "std", "out"):
         for name, array in getattr(found, part).items():
@@ -229,19 +233,21 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding() -> None:
 
 
 def test_nothing_is_gathered_where_nothing_is_wanted(subject: Subject) -> None:
-    empty = calibrate(subject.model, subject.pairs, BATCHES[:1], {}, fill=False)
+    empty = calibrate(subject.model, subject.pairs, BATCHES[:1], {}, fill=False, spreads=False)
     assert empty == Calibration()
 
 
 def test_what_the_data_does_not_reach_is_left_alone(subject: Subject, gramians: dict[str, dict[str, Tensor]]) -> None:
-    assert calibrate(subject.model, subject.pairs, [], gramians[subject.family], fill=True) == Calibration()
+    assert (
+        calibrate(subject.model, subject.pairs, [], gramians[subject.family], fill=True, spreads=True) == Calibration()
+    )
 
 
 def test_dead_directions_are_no_trouble(subject: Subject) -> None:
     """One token: second moments of rank one, and of rank zero once centred."""
     one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
     unfelt = {pair.name: torch.zeros(pair.groups, pair.width, pair.width) for pair in subject.pairs if pair.rotatable}
-    found = calibrate(subject.model, subject.pairs, [one], unfelt, fill=True)
+    found = calibrate(subject.model, subject.pairs, [one], unfelt, fill=True, spreads=True)
     for name, basis in found.basis.items():
         assert np.isfinite(basis).all(), name
         assert np.isfinite(np.linalg.inv(basis.astype(np.float64))).all(), name
@@ -270,5 +276,5 @@ def test_the_model_is_left_as_it_was(subject: Subject) -> None:
 
     before = snapshot(subject.model)
     with pytest.raises(ZeroDivisionError):
-        calibrate(subject.model, subject.pairs, interrupted(), {}, fill=True)
+        calibrate(subject.model, subject.pairs, interrupted(), {}, fill=True, spreads=True)
     assert snapshot(subject.model) == before

@@ -332,3 +332,21 @@ def test_dense_outputs_are_computed_once_per_batch() -> None:
     assert torch.equal(targets(first), targets({key: value.clone() for key, value in first.items()}))
     targets(second)
     assert len(calls) == 2
+
+
+def test_a_step_runs_the_model_once_where_statistics_have_seen_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    calls, by_step = [], []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    original = searching._Run._step
+
+    def counted(self: Any, batch: Any) -> Any:
+        before = len(calls)
+        result = original(self, batch)
+        by_step.append(len(calls) - before)
+        return result
+
+    monkeypatch.setattr(searching._Run, "_step", counted)
+    monkeypatch.setattr(searching, "STATISTICS_BATCHES", 4)
+    run(model)  # of six batches the first two measure curvature
+    assert by_step == [1, 1, 2, 2, 1, 1, 1, 1, 1]

@@ -106,19 +106,22 @@ def calibrate(
     gramians: Mapping[str, Tensor],
     *,
     fill: bool,
+    spreads: bool,
 ) -> Calibration:
     """Bases for the pairs that have a gramian, and moments for the fill, from forward passes over ``batches``.
 
     Args:
         gramians: pair name -> (G, D, D), as ``sensitivity`` leaves them.
-        fill: whether means and spreads are wanted.
+        fill: whether means and spreads of inner activations are wanted.
+        spreads: whether those of what consumers put out are; only with a fill.
     """
     moments: dict[str, Moments] = {}
     outputs: dict[str, Moments] = {}
     wanted = [pair for pair in pairs if pair.name in gramians or (fill and pair.fillable)]
     if not wanted:
         return Calibration()
-    with torch.no_grad(), _gathered(model, wanted, moments, outputs) as start:
+    adjusted = [pair for pair in wanted if spreads and pair.adjustable]
+    with torch.no_grad(), _gathered(model, wanted, moments, adjusted, outputs) as start:
         for batch in batches:
             start(batch)
             model(**batch)
@@ -138,7 +141,7 @@ def calibrate(
                 spread = spread.diagonal(dim1=-2, dim2=-1)
             found.mean[pair.name] = mean.cpu().float().numpy()
             found.std[pair.name] = spread.clamp_min(0).sqrt().cpu().float().numpy()
-            if pair.adjustable:
+            if pair.name in outputs:
                 out = outputs[pair.name].central()[1][0].clamp_min(0).sqrt()
                 found.out[pair.name] = out.clamp_max(FEW * out.median()).cpu().float().numpy()
     return found
@@ -189,10 +192,14 @@ def sensitivity(model: nn.Module, pairs: Iterable[Pair], gramians: dict[str, Ten
 
 @contextmanager
 def _gathered(
-    model: nn.Module, pairs: Iterable[Pair], moments: dict[str, Moments], outputs: dict[str, Moments]
+    model: nn.Module,
+    pairs: Iterable[Pair],
+    moments: dict[str, Moments],
+    adjusted: Iterable[Pair],
+    outputs: dict[str, Moments],
 ) -> Iterator[Any]:
-    """Hooks that gather moments at every inner activation, and of what consumers put out; yields a function to announce
-    a batch.
+    """Hooks that gather moments at the inner activations of ``pairs``, and of what the consumers of ``adjusted`` put
+    out; yields a function to announce a batch.
     """
     current: Mapping[str, Any] = {}
     encoded: Tensor | None = None
@@ -234,11 +241,7 @@ def _gathered(
         module, store = pair.consumer.module, outputs.setdefault(pair.name, Moments())
         return lambda _, args, output: store.add(rows(output, args, module), 1, outer=False, relative=True)
 
-    handles = [
-        model.get_submodule(pair.consumer.module).register_forward_hook(watch(pair))
-        for pair in pairs
-        if pair.adjustable
-    ]
+    handles = [model.get_submodule(pair.consumer.module).register_forward_hook(watch(pair)) for pair in adjusted]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         both: Any = model
         handles.append(both.get_encoder().register_forward_hook(keep_encoded))

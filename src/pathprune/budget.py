@@ -228,5 +228,9 @@ def select(path: SolutionPath, budget: Budget) -> Selection:
     return replace(
         selection,
         scale={name: 1 + gone * slope for name, slope in path.slope.items()},
-        output={name: np.stack([1 + gone * gain, gone * shift]) for name, (gain, shift) in path.output.items()},
+        output={
+            name: np.stack([1 + gone * gain, gone * shift])
+            for name, (gain, shift) in path.output.items()
+            if not selection.keep[name].all()
+        },
     )

@@ -22,7 +22,7 @@ tokens with massive activations (Sun et al., COLM 2024) would own it otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pathprune.data import Batches
+from pathprune.data import Batch, Batches
 from pathprune.errors import DataError, MismatchError
 from pathprune.modes import evaluating
 from pathprune.outputs import module_mask
@@ -99,9 +99,13 @@ def gather(
     *,
     count: int,
     progress: bool | None,
+    seen: Callable[[Batch, Any], None] = lambda batch, outputs: None,
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Pair name -> (N,) mean and (N, N) covariance of what the consumer reads of the pair, N = G R D by group, head and
     dimension, in the bases (G, D, D); of the pairs that take a fill. The covariance has the ridge on its diagonal.
+
+    Args:
+        seen: is shown what the model puts out for each batch.
     """
     hooks = {pair.name: _Hook(pair, basis.get(pair.name)) for pair in pairs if pair.fillable}
     handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
@@ -112,7 +116,7 @@ def gather(
             for batch in tqdm(first, desc="statistics", unit="batch", disable=hidden, leave=False):
                 for hook in hooks.values():
                     hook.real = module_mask(model, batch, hook.module)
-                model(**batch)
+                seen(batch, model(**batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -154,7 +158,9 @@ class _Hook:
         if self.pilot is None:
             self.pilot = x.mean(0)
         x = torch.cat([x - self.pilot, torch.ones_like(x[:, :1])], 1) * weight
-        self.moment = x.mT @ x if self.moment is None else self.moment + x.mT @ x
+        with torch.autocast(x.device.type, enabled=False):
+            moment = x.mT @ x
+        self.moment = moment if self.moment is None else self.moment + moment
 
     def central(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance, in the basis."""

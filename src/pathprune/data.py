@@ -47,7 +47,7 @@ class Batches:
         self.model = type(model).__name__
         for batch in data:
             self._check(batch)
-            self.first = self._placed(batch)
+            self.first = placed(batch, self.device)
             return
         raise DataError("data is empty: no batch to search or recover on. Pass at least one model-input dict")
 
@@ -76,14 +76,16 @@ class Batches:
         """Every batch of the data, one time."""
         for batch in self.data:
             self._check(batch)
-            yield self._placed(batch)
-
-    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device) for key, value in batch.items()}
+            yield placed(batch, self.device)
 
     def take(self, count: int) -> list[dict[str, Tensor]]:
         """The first ``count`` batches, starting over if there are fewer."""
         return list(islice(self, count))
+
+
+def placed(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def check_finite(loss: Tensor, where: str) -> float:

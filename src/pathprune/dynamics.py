@@ -93,7 +93,7 @@ class Sampled:
             lr=self.config.lr * cool,
             fill_lr=self.config.fill_lr * cool,
             slope_lr=self.config.slope_lr * cool,
-            output_lr=(self.config.output_lr or 0) * cool,
+            output_lr=self.config.output_lr * cool,
         )
         self.state = _unpack(state)
 

@@ -286,16 +286,28 @@ class Targets:
     def __call__(self, batch: Batch) -> Tensor:
         if isinstance(self.objective, TaskObjective):  # the labels are the target
             return torch.empty(0)
+        key = self._key(batch)
+        if key in self.known:
+            return self.known[key]
+        with torch.no_grad():
+            return self._keep(key, self.objective.target(self.teacher(**batch), batch))
+
+    def remember(self, batch: Batch, outputs: Any) -> None:
+        """Take the target from what the dense model was seen to put out."""
+        key = self._key(batch)
+        if key not in self.known:
+            self._keep(key, self.objective.target(outputs, batch))
+
+    @staticmethod
+    def _key(batch: Batch) -> bytes:
         digest = hashlib.sha256()
         for name in sorted(batch):
             data = batch[name].detach().cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
             digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-        key = digest.digest()
-        if key in self.known:
-            return self.known[key]
-        with torch.no_grad():
-            target = self.objective.target(self.teacher(**batch), batch)
+        return digest.digest()
+
+    def _keep(self, key: bytes, target: Tensor) -> Tensor:
         size = target.numel() * target.element_size()
         if size <= min(self.left, TARGET_BYTES):
             self.left -= size

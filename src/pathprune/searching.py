@@ -103,6 +103,18 @@ class SearchConfig:
         if negative := [f"{name}={getattr(self, name)}" for name in RATES if (getattr(self, name) or 0) < 0]:
             raise DataError(f"{' and '.join(negative)} must not be negative")
 
+    def suited(self, objective: Objective, batch: Mapping[str, Tensor]) -> SearchConfig:
+        """With what goes by the objective and the data filled in: its name, and the default of ``output_lr``."""
+        name, rate = objective_name(objective), self.output_lr
+        if rate is None:
+            rate = OUTPUT_LR if name == "logits" and "input_ids" in batch else 0.0
+        return replace(self, objective=name, output_lr=rate)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether gains and shifts of outputs are learned."""
+        return bool(self.output_lr) and self.fill and self.dynamics == "sampled"
+
     @property
     def compensates(self) -> bool:
         return self.compensate and self.fill and self.dynamics == "sampled"
@@ -173,10 +185,7 @@ def search(
     with seeded(seed, device):
         batches = Batches(model, data)
         goal = get_objective(objective, model, batches.first)
-        config = replace(config, objective=objective_name(goal))
-        if config.output_lr is None:
-            language = config.objective == "logits" and "input_ids" in batches.first
-            config = replace(config, output_lr=OUTPUT_LR if language else 0.0)
+        config = config.suited(goal, batches.first)
         pairs = find_pairs(model, batches.first)
         if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
             path = SolutionPath.load(out)
@@ -241,16 +250,18 @@ class _Run:
         self.found = Calibration()
         if config.basis_steps:
             self._probe(first[: config.basis_steps], gramians=gramians)
-        self.found = calibrate(self.model, self.pairs, first, gramians, fill=config.fill)
+        self.found = calibrate(self.model, self.pairs, first, gramians, fill=config.fill, spreads=config.adjusts)
         if config.compensates:
-            self.centre, self.covariance = gather(
-                self.model,
-                self.pairs,
-                self.batches,
-                self.found.basis,
-                count=STATISTICS_BATCHES,
-                progress=None if self.hidden is None else not self.hidden,
-            )
+            with self.precision():  # of the steps, whose targets are what is seen here
+                self.centre, self.covariance = gather(
+                    self.model,
+                    self.pairs,
+                    self.batches,
+                    self.found.basis,
+                    count=STATISTICS_BATCHES,
+                    progress=None if self.hidden is None else not self.hidden,
+                    seen=self.targets.remember,
+                )
             if self.out is not None:
                 tensors = {f"centre/{name}": array for name, array in self.centre.items()}
                 tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
@@ -285,8 +296,7 @@ class _Run:
 
     def _spreads(self) -> dict[str, Floats]:
         """Pair name -> (d,), of the outputs that are scaled and shifted, in the order in which they are held."""
-        learned = self.config.dynamics == "sampled" and self.config.output_lr
-        return {pair.name: self.found.out[pair.name] for pair in self.pairs if learned and pair.name in self.found.out}
+        return {pair.name: self.found.out[pair.name] for pair in self.pairs if pair.name in self.found.out}
 
     def _output(self, flat: Tensor) -> dict[str, Tensor]:
         """Pair name -> (2, d), as a path has it, from (2, M)."""

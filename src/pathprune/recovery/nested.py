@@ -153,9 +153,7 @@ class _Sizes:
         level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1)
         selection = self.start.select(Budget(keep=level))
         self.outputs.clear()
-        for name, output in selection.output.items():
-            if not selection.keep[name].all():
-                self.outputs[name] = torch.from_numpy(output).to(self.device)
+        self.outputs.update({name: torch.from_numpy(part).to(self.device) for name, part in selection.output.items()})
         for pair in self.start.pairs:
             keep = selection.keep[pair.name]
             mask = torch.from_numpy(keep).to(self.device, torch.float32)
