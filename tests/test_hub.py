@@ -303,6 +303,45 @@ def test_saving_makes_a_whole_folder(subject: Subject, small: Any, tmp_path: Pat
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub that is out of reach, and the cache's folder of a model's files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    kept = tmp_path / "cache" / "models--someone--encoder"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    for commit in "01":
+        (kept / "snapshots" / (commit * 40)).mkdir(parents=True)
+        for name in ("tokenizer.json", "model.safetensors"):
+            (kept / "snapshots" / (commit * 40) / name).write_text(commit)
+    return kept
+
+
+@pytest.mark.parametrize("loaded", [None, "1" * 40])
+def test_the_tokenizer_of_a_model_of_the_hub_comes_along(
+    subjects: dict[str, Subject], hub: Path, tmp_path: Path, loaded: str | None
+) -> None:
+    """That of the commit whose weights were loaded, if that is known."""
+    bert = subjects["bert"]
+    small: Any = slice_model(bert.model, selection_of(bert.pairs, "uneven"))
+    small.config._commit_hash = loaded
+    save_model(small, tmp_path / "small", source="someone/encoder")
+    assert (tmp_path / "small" / "tokenizer.json").read_text() == ("0" if loaded is None else "1")
+    assert_same_model(load(bert, tmp_path / "small"), small, bert.inputs)
+
+
+@pytest.mark.parametrize("source", ["someone/else", "no such folder/at all/here"])
+def test_a_hub_that_gives_no_tokenizer_costs_no_model(
+    subjects: dict[str, Subject], hub: Path, tmp_path: Path, source: str
+) -> None:
+    bert = subjects["bert"]
+    small = slice_model(bert.model, selection_of(bert.pairs, "uneven"))
+    with pytest.warns(UserWarning, match=f"without a tokenizer or processor: {source}"):
+        save_model(small, tmp_path / "small", source=source)
+    assert_same_model(load(bert, tmp_path / "small"), small, bert.inputs)
+
+
+@pytest.fixture
 def saved(subjects: dict[str, Subject], tmp_path: Path) -> tuple[nn.Module, Path]:
     """A model in a folder, with a file beside its weights."""
     bert = subjects["bert"]

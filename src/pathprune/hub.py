@@ -18,12 +18,14 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import PrefixChange
@@ -39,6 +41,7 @@ from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_mod
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken"]  # of tokenizers and processors
 MODEL_FILES = r"(model|pytorch_model)[-.].*(safetensors|bin|index\.json)"  # would be read in place of newer ones
 
 
@@ -203,7 +206,8 @@ def save_model(
     ``model.safetensors`` and ``pathprune.json``; ``load_model`` reads them.
 
     Args:
-        source: folder of the dense model, whose tokenizer and other small files come along.
+        source: folder or hub id of the dense model, whose tokenizer and other small files come along. Where the hub
+            has none to give, a warning says so, and the model is saved without.
         card: content of ``README.md``.
 
     Raises:
@@ -220,11 +224,12 @@ def save_model(
         and not any((folder / name).exists() for name in ("config.json", SHAPES))
     ):
         raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
+    beside = None if source is None else _small_files(source, model)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
-        if source is not None and Path(source).is_dir():
-            shutil.copytree(source, part, ignore=_weights, dirs_exist_ok=True)
+        if beside is not None:
+            shutil.copytree(beside, part, ignore=_weights, dirs_exist_ok=True)
         if _of_transformers(model):
             model.save_pretrained(part)
         else:
@@ -264,6 +269,22 @@ def _move_rest(old: Path, folder: Path) -> None:
                     f"the model is in {folder}, but {rest.name} that stood beside the old one is still in {old} "
                     f"({error.strerror or error}); move what is there yourself"
                 ) from error
+
+
+def _small_files(source: str | os.PathLike[str], model: Any) -> str | os.PathLike[str] | None:
+    """A folder that holds what stands beside the dense model's weights: its own, or the hub's in the cache."""
+    if Path(source).is_dir():
+        return source
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)  # the one that was loaded
+    try:
+        return snapshot_download(str(source), revision=revision, allow_patterns=SMALL_FILES)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"the model is saved without a tokenizer or processor: {source} gave none ({error}). "
+            "Save it into the folder yourself, by its own save_pretrained",
+            stacklevel=3,
+        )
+        return None
 
 
 def _weights(folder: str, names: list[str]) -> list[str]:
