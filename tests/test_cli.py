@@ -222,6 +222,17 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
     refused("another model", "slice", run, tmp_path / "other", "--keep", 0.5, "--out", new)
     refused("cannot write", "slice", run, dense, "--keep", 0.5, "--out", texts / "below-a-file")
     refused("is not a model folder", "slice", run, dense, "--keep", 0.5, "--out", run)
+    refused("would be lost", "recover", tmp_path / "absent", "--teacher", dense, "--data", texts, "--out", dense)
+    refused("is not a model folder", "elastic", run, dense, "--data", texts, "--out", run)  # before it trains
+    refused(
+        "cannot run on --device nowhere", "evaluate", dense, "--teacher", dense, "--data", texts, "--device", "nowhere"
+    )
+    refused("has nothing to read them with", "search", dense, "--data", tmp_path, "--out", new)
+    shutil.copytree(dense, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused("cannot load a model", "inspect", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut")
     assert not new.exists()
     tensors = next(run.glob("path-*.safetensors"))
     tensors.write_bytes(tensors.read_bytes()[:-10])

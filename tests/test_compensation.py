@@ -201,6 +201,23 @@ def test_values_that_never_vary_are_no_error(bias: float) -> None:
     pp.slice_model(model, path.select(Budget(keep=0.5)))
 
 
+def test_a_token_of_nothing_has_no_part_in_a_fit() -> None:
+    """Padding without a mask, whose embedding is zero: relative to it, every error would be infinite."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.3, pad_token_id=0)).eval()
+    clean = [{"input_ids": batch["input_ids"]} for batch in tiny_batches()]
+    first = clean[0]["input_ids"].clone()
+    first[1, 0] = 0
+    path = pp.SolutionPath.from_scores(
+        pp.find_pairs(model), {p.name: torch.ones(p.shape) for p in pp.find_pairs(model)}
+    )
+    fits = [pp.compensate(model, path, [{"input_ids": ids}, *clean[1:]]) for ids in (clean[0]["input_ids"], first)]
+    for name, array in fits[0].covariance.items():
+        assert np.abs(fits[1].covariance[name] - array).max() < 0.2 * np.abs(array).max()
+    pp.search(model, [{"input_ids": first}, *clean[1:]], steps=6, multiple=2, progress=False)
+
+
 def test_the_path_of_a_sorted_model_is_refused() -> None:
     model = tiny_bert()
     ordered, path = pp.sort_units(model, random_path(model, fill=True, basis=True))

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import pathprune as pp
-from pathprune.data import Images, packed
+from pathprune.data import Images, packed, tokenized
 from pathprune.evaluation import fidelity
 from pathprune.path import SolutionPath
 
@@ -26,6 +26,7 @@ class Letters:
     """A tokenizer: one token a letter."""
 
     eos_token_id: int | None = END
+    unk_token_id: int | None = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
@@ -53,6 +54,35 @@ def test_packed_without_an_end_token() -> None:
     tokenizer = Letters()
     tokenizer.eos_token_id = None
     assert packed(["ab", "cd"], tokenizer, length=2)[0]["input_ids"].tolist() == [[97, 98], [99, 100]]
+
+
+class Words:
+    """A tokenizer: one token a word, of which it knows those in capitals."""
+
+    unk_token_id, eos_token_id, pad_token, all_special_ids = 0, 1, "[PAD]", [0, 1, 2]
+
+    def __call__(self, text: str | list[str], **options: Any) -> dict[str, Any]:
+        if isinstance(text, list):
+            ids = torch.tensor([self(one)["input_ids"] for one in text])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"input_ids": [1, *(9 if word.isupper() else 0 for word in text.split()), 1]}
+
+
+def test_texts_that_the_tokenizer_does_not_know_are_refused() -> None:
+    for words in ("A B c d", "A B C d"):  # half, and less, of the words
+        assert len(tokenized([words], Words())) == len(packed([words], Words(), length=3)) == 1
+    with pytest.raises(pp.DataError, match=r"3 of 4 tokens are unknown to the Words: the model's own tokenizer files"):
+        tokenized(["A b c d"], Words())
+    with pytest.raises(pp.DataError, match=r"2 of 3 tokens are unknown to the Words"):
+        packed(["A b c"], Words(), length=5)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused() -> None:
+    class Bare(Words):
+        pad_token = None  # type: ignore[assignment]
+
+    with pytest.raises(pp.DataError, match=r"no padding token; set tokenizer\.pad_token = tokenizer\.eos_token"):
+        tokenized(["A"], Bare())
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -337,7 +338,7 @@ def test_vision_models_are_searched_on_pixels() -> None:
         torch.testing.assert_close(slice_model(model, selection)(pixel_values=pixels)[0], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_is_known_again_after_saving_and_loading(subject: Subject, tmp_path: Any, dtype: torch.dtype) -> None:
     single = copy.deepcopy(subject.model).float()
     pairs = find_pairs(single)
@@ -357,3 +358,18 @@ def test_a_change_of_weights_or_configuration_is_noticed(subject: Subject) -> No
     next(model.parameters()).data.mul_(1.1)
     with pytest.raises(MismatchError, match="weights was"):
         check_base(model, subject.pairs)
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused(subject: Subject) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"on the meta device .* load it whole, on one device"):
+        find_pairs(copy.deepcopy(subject.model).to("meta"), subject.inputs)
+    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+        check_base(copy.deepcopy(subject.model).to("meta"), subject.pairs)
+
+
+def test_pairs_of_modules_that_are_not_there_are_refused(subject: Subject) -> None:
+    first = subject.pairs[0]
+    slots = (replace(first.slots[0], module="encoder.absent"), *first.slots[1:])
+    altered = PairList([replace(first, slots=slots), *subject.pairs[1:]], subject.pairs.base)
+    with pytest.raises(MismatchError, match=r"names encoder\.absent, which the model has not"):
+        check_base(subject.model, altered)

@@ -302,6 +302,40 @@ def test_saving_makes_a_whole_folder(subject: Subject, small: Any, tmp_path: Pat
         assert_same_model(load(subject, folder), small, subject.inputs)
 
 
+def test_what_belongs_to_the_dense_model_alone_stays_there(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    """Modules of sentence-transformers come along with their weights; checkpoints and other sizes do not."""
+    bert, source = subjects["bert"], tmp_path / "dense"
+    names = ("1_Pooling/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool.jinja", "vocab.txt")
+    rest = (
+        "checkpoint-5/config.json",
+        "keep-25/config.json",
+        "onnx/config.json",
+        "path.json",
+        "model.onnx",
+        ".git/HEAD",
+    )
+    for name in (*names, *rest):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    small = slice_model(bert.model, selection_of(bert.pairs, "uneven"))
+    save_model(small, tmp_path / "small", source=source)
+    assert set(listing(tmp_path / "small")) == {"config.json", "model.safetensors", "modules.json", *names}
+    (source / "modules.json").write_text("[1]")
+    save_model(small, tmp_path / "again", source=source)
+    assert "1_Pooling/config.json" not in listing(tmp_path / "again")
+
+
+def test_a_link_to_a_folder_stays_a_link(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    small, folder = saved
+    (tmp_path / "link").symlink_to(folder)
+    save_model(small, tmp_path / "link", card="new")
+    assert (tmp_path / "link").is_symlink()
+    assert (folder / "README.md").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "small"]
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub that is out of reach, and the cache's folder of a model's files."""

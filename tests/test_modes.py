@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from pathprune.errors import DataError
 from pathprune.modes import mixed
 
 
@@ -15,7 +17,7 @@ def test_on_a_cpu_attention_stays_in_float32(bf16: bool) -> None:
     q, k, v = (torch.randn(2, 3, 7, 8, generator=generator, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 1, 7, 7, generator=generator)
     weight = torch.randn(8, 8, generator=generator)
-    with mixed(torch.device("cpu"), bf16):
+    with mixed(nn.Linear(1, 1), bf16):
         projected = q @ weight
         attended = F.scaled_dot_product_attention(projected, k, value=v, attn_mask=bias.to(projected.dtype))
     assert projected.dtype == (torch.bfloat16 if bf16 else torch.float32)  # all else goes by what was asked for
@@ -28,3 +30,12 @@ def test_on_a_cpu_attention_stays_in_float32(bf16: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_bf16_is_refused_where_weights_cannot_follow(dtype: torch.dtype) -> None:
+    refused = pytest.raises(DataError, match=f"bf16=True does not go with {dtype} weights; load the model in float32")
+    with refused, mixed(nn.Linear(1, 1, dtype=dtype), True):
+        pass
+    with mixed(nn.Linear(1, 1, dtype=dtype), False):
+        pass

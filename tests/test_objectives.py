@@ -106,6 +106,11 @@ def models() -> dict[str, Any]:
 def test_auto_chooses_by_what_the_model_returns(kind: str, models: dict[str, Any]) -> None:
     model, batch, expected = models[kind], inputs(kind), KINDS[kind][4]
     assert objective_name(get_objective("auto", model, batch)) == expected
+    before = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False  # as many checkpoints have it that were trained with gradient checkpointing
+    assert objective_name(get_objective("auto", model, batch)) == expected
+    assert not model.config.use_cache
+    model.config.use_cache = before
     train = "hidden" if kind in ("bert", "vit", "dinov2", "swin") else expected  # to train, every token counts
     assert objective_name(get_objective("auto", model, batch, encoder="hidden")) == train
 

@@ -166,5 +166,7 @@ def test_bad_input_is_refused() -> None:
     broken.embeddings.word_embeddings.weight.data[:] = float("nan")
     with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):
         pp.recover(small, teacher=broken, data=tiny_batches(), steps=2, progress=False)
-    with pytest.raises(pp.MismatchError, match="not sliced from"):
+    with pytest.raises(pp.MismatchError, match="no smaller than its teacher: there is nothing to recover"):
         pp.recover(small, teacher=small, data=tiny_batches())
+    with pytest.raises(pp.MismatchError, match="not sliced from"):
+        pp.recover(teacher, teacher=small, data=tiny_batches())

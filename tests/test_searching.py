@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification, ViTModel
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
@@ -350,3 +350,56 @@ def test_a_step_runs_the_model_once_where_statistics_have_seen_its_batch(monkeyp
     monkeypatch.setattr(searching, "STATISTICS_BATCHES", 4)
     run(model)  # of six batches the first two measure curvature
     assert by_step == [1, 1, 2, 2, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_the_caller_switched_off_do_not_matter(mode: Any) -> None:
+    model, expected = tiny_bert(), run(tiny_bert())
+    with mode():
+        same_path(run(model), expected)
+        assert not torch.is_grad_enabled()
+
+
+def test_one_row_of_positions_may_serve_all_samples() -> None:
+    data = [{"position_ids": torch.arange(7)[None], **batch} for batch in tiny_batches()]
+    same_path(pp.search(tiny_bert(), data, steps=12, multiple=2, progress=False), run(tiny_bert()))
+
+
+def test_a_checkpoint_beyond_its_search_is_refused(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        step, calls = searching._Run._step, iter(range(100))
+
+        def interrupted(self: Any, batch: Any) -> Any:
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return step(self, batch)
+
+        patch.setattr(searching._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_bert(), out=tmp_path)
+    file = tmp_path / "checkpoint.json"
+    file.write_text(file.read_text().replace('"step": 3', '"step": 99'))
+    with pytest.raises(pp.ArtifactError, match=r"not valid: .*step 99 of 9.* Search again"):
+        run(tiny_bert(), out=tmp_path, resume=True)
+
+
+def test_statistics_that_a_stop_left_behind_a_finished_search_go(tmp_path: Path) -> None:
+    expected = run(tiny_bert(), out=tmp_path)
+    (tmp_path / "statistics.json").write_text("{}")
+    same_path(run(tiny_bert(), out=tmp_path, resume=True), expected)
+    assert not list(tmp_path.glob("statistics*"))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_data_without_content_is_refused(later: bool) -> None:
+    bert, good = tiny_bert(), tiny_batches(1)
+    mask = torch.zeros_like(good[0]["attention_mask"])
+    for bad in ({**good[0], "attention_mask": mask}, {name: part[:0] for name, part in good[0].items()}):
+        with pytest.raises(pp.DataError, match="has no sample or no real token"):
+            pp.search(bert, [*good, bad] if later else [bad], steps=12, progress=False)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vit = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    pictures = [{"pixel_values": torch.randn(3, 3, 8, 8)} for _ in range(2)]
+    pictures[later]["pixel_values"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(pp.DataError, match="pixel_values has values that are not a number"):
+        pp.search(vit, pictures, steps=12, progress=False)

@@ -27,7 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pathprune.outputs import module_mask
+from pathprune.errors import DataError
+from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair, PairList
 
 Floats = npt.NDArray[np.floating]
@@ -65,7 +66,7 @@ class Moments:
         y = y.detach().double()
         weight = torch.ones_like(y[:, :1])
         if relative:
-            weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            weight = relative_weights(y.norm(dim=-1, keepdim=True))
         if self.pilot is None:
             self.pilot = y[0]
         y = y - self.pilot
@@ -130,6 +131,8 @@ def calibrate(
     for pair in wanted:
         if not moments[pair.name].count:  # a part of the model that the data does not reach
             continue
+        if not torch.isfinite(moments[pair.name].second).all():
+            raise DataError(f"what {pair.name} computes is not finite; check the data, or load the model in float32")
         # Heads of one group share their values, hence the basis and the fill: both are for the mean over them.
         mean, spread = (part.unflatten(0, (pair.groups, -1)).mean(1) for part in moments[pair.name].central())
         if pair.name in gramians:

@@ -188,10 +188,11 @@ def slice_(
 ) -> None:
     """Cut a model of the size you ask for from a path, and save it like any other."""
     from pathprune.budget import Budget
-    from pathprune.hub import save_model
+    from pathprune.hub import check_free, save_model
     from pathprune.path import SolutionPath
     from pathprune.slicing import slice_model
 
+    check_free(out, model)
     path = SolutionPath.load(run)
     selection = path.select(Budget(keep=keep, params=_number(params), macs=_number(macs)))
     save_model(slice_model(_load(model, "cpu"), selection), out, source=model)
@@ -227,9 +228,10 @@ def recover(
 ) -> None:
     """Train a sliced model to imitate the dense one again, without labels."""
     from pathprune.evaluation import fidelity
-    from pathprune.hub import save_model
+    from pathprune.hub import check_free, save_model
     from pathprune.recovery import recover as run
 
+    check_free(out, model, teacher)
     dense, small = _load(teacher, device), _load(model, device)
     batches = _batches(dense, teacher, data, field, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective, "bf16": bf16}
@@ -265,10 +267,11 @@ def elastic(
     as_json: JsonOpt = False,
 ) -> None:
     """Recover every size of a path at once, in one checkpoint of the dense model's shapes."""
-    from pathprune.hub import save_model
+    from pathprune.hub import check_free, save_model
     from pathprune.path import SolutionPath
     from pathprune.recovery import elastic as train
 
+    check_free(out, model)
     dense = _load(model, device)
     batches = _batches(dense, model, data, field, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective, "seed": seed}
@@ -387,6 +390,7 @@ def _load(name: str, device: str | None) -> Any:
     """A model by folder or hub id, ready to run: with the head that the checkpoint holds, or none."""
     import torch
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -396,9 +400,13 @@ def _load(name: str, device: str | None) -> Any:
         model, found = kind.from_pretrained(name, output_loading_info=True)
         if found["missing_keys"]:  # a configuration that names a head, and weights without it
             model = transformers.AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise PathpruneError(f"cannot load a model from {name!r}: {error}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise PathpruneError(f"cannot run on --device {device}: {error}") from error
 
 
 def _batches(
@@ -415,9 +423,17 @@ def _batches(
 
     from pathprune.data import Images, packed, read_texts, tokenized
 
+    kind: Any = AutoImageProcessor if data.is_dir() else AutoTokenizer
+    try:
+        reader = kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        what = "a folder, of images," if data.is_dir() else "a file, of texts,"
+        raise PathpruneError(f"--data {data} is {what} and {source} has nothing to read them with: {error}") from error
     if data.is_dir():
-        return Images(data, AutoImageProcessor.from_pretrained(source), batch_size=batch_size or 16)
-    texts, tokenizer = read_texts(data, field), AutoTokenizer.from_pretrained(source)
+        return Images(data, reader, batch_size=batch_size or 16)
+    texts, tokenizer = read_texts(data, field), reader
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what stands there is masked
     if model.can_generate() and not model.config.is_encoder_decoder:
         longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
         return packed(texts, tokenizer, batch_size=batch_size or 4, length=max_length or min(WINDOW, longest))

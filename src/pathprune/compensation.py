@@ -37,7 +37,7 @@ from tqdm import tqdm
 from pathprune.data import Batch, Batches
 from pathprune.errors import DataError, MismatchError
 from pathprune.modes import evaluating
-from pathprune.outputs import module_mask
+from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class _Hook:
             real = self.real.bool()
             x, output = x[real], output[real]
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight = 1 / output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True).clamp_min(1e-6)
+        weight = relative_weights(output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True))
         x = x.flatten(0, -2).to(wide)
         if self.pilot is None:
             self.pilot = x.mean(0)

@@ -61,6 +61,11 @@ class Batches:
             )
         if wrong := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
             raise DataError(f"{wrong[0]} is a {type(batch[wrong[0]]).__name__}; every model input must be a tensor")
+        for key, value in batch.items():
+            if value.is_floating_point() and value.isnan().any():
+                raise DataError(f"{key} has values that are not a number; leave such samples out")
+            if not value.numel() or (key == "attention_mask" and value.dim() == 2 and not value.any()):
+                raise DataError(f"{key} of a batch, of shape {tuple(value.shape)}, has no sample or no real token")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end."""
@@ -131,8 +136,13 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max
     Args:
         tokenizer: of ``transformers``.
         max_length: in tokens; longer texts are cut.
+
+    Raises:
+        DataError: the tokenizer has no padding token, or does not know most of the words.
     """
-    return [
+    if tokenizer.pad_token is None:
+        raise DataError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
+    batches: list[Batch] = [
         dict(
             tokenizer(
                 list(texts[start : start + batch_size]),
@@ -144,6 +154,27 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max
         )
         for start in range(0, len(texts), batch_size)
     ]
+    _check_known([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches], tokenizer)
+    return batches
+
+
+def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
+    """Refuse tokens most of which are unknown to the tokenizer.
+
+    Raises:
+        DataError: they are.
+    """
+    unk = tokenizer.unk_token_id
+    if unk is None or unk == tokenizer.eos_token_id:
+        return
+    every = torch.cat(list(ids))
+    words = every[~torch.isin(every, torch.tensor([i for i in tokenizer.all_special_ids if i != unk]))]
+    unknown = int((words == unk).sum())
+    if unknown > 0.5 * len(words):
+        raise DataError(
+            f"{unknown:,} of {len(words):,} tokens are unknown to the {type(tokenizer).__name__}: the model's own "
+            "tokenizer files are missing, or the texts are in a script that it does not know"
+        )
 
 
 def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
@@ -157,7 +188,7 @@ def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length
         length: of a window, in tokens.
 
     Raises:
-        DataError: the texts do not fill one window.
+        DataError: the texts do not fill one window, or the tokenizer does not know most of the words.
     """
     ids: list[int] = []
     end = tokenizer.eos_token_id
@@ -170,6 +201,7 @@ def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length
         raise DataError(
             f"the texts have {len(ids)} tokens, less than one window of {length}; pass more or a shorter one"
         )
+    _check_known([windows.flatten()], tokenizer)
     return [{"input_ids": part} for part in windows.split(batch_size)]
 
 

@@ -69,6 +69,7 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
+    _check_present(model)
     batch = dict(inputs) if inputs is not None else example_inputs(model)
     for name, mask in batch.items():
         if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
@@ -175,8 +176,10 @@ Read = Callable[[str, range], Tensor]
 
 
 def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int, read: Read | None = None) -> BaseModel:
-    """Hash a model's configuration, and a sample of its weights (rounded to bfloat16, so that it
-    does not depend on the precision they were loaded in).
+    """Hash a model's configuration, and a sample of its weights.
+
+    Weights are rounded to bfloat16, and once more by way of float16, so that of one model in two precisions one of the
+    two hashes is the same (but for bfloat16 against float16).
 
     Args:
         read: gives some values of a parameter by its name and their places in the flattened one; by default the
@@ -185,21 +188,21 @@ def identify(model: nn.Module, macs_per_token: int, macs_per_sequence: int, read
     config = getattr(model, "config", None)
     facts = config.to_diff_dict() if config is not None else {}
     facts = {key: value for key, value in facts.items() if key not in VOLATILE and not key.endswith("_token_id")}
-    weights = hashlib.sha256()
+    straight, by_half = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
-        weights.update(f"{name}{tuple(parameter.shape)}".encode())
         places = range(0, parameter.numel(), max(1, parameter.numel() // 16))[:17]
         values = (
             parameter.detach().flatten()[places.start : places.stop : places.step]
             if read is None
             else read(name, places)
         )
-        sample = values.to("cpu", torch.bfloat16)
-        weights.update(sample.view(torch.int16).numpy().tobytes())
+        for weights, sample in ((straight, values.cpu()), (by_half, values.to("cpu", torch.float16))):
+            weights.update(f"{name}{tuple(parameter.shape)}".encode())
+            weights.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return BaseModel(
         architecture=type(model).__name__,
         config_hash=hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest(),
-        fingerprint=weights.hexdigest(),
+        fingerprint=f"{straight.hexdigest()[:32]}-{by_half.hexdigest()[:32]}",
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs_per_token=macs_per_token,
         macs_per_sequence=macs_per_sequence,
@@ -215,18 +218,38 @@ def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> N
     Raises:
         MismatchError: architecture, configuration or weights differ.
     """
+    if read is None:
+        _check_present(model)
     base, here = pairs.base, identify(model, pairs.base.macs_per_token, pairs.base.macs_per_sequence, read)
     for what, theirs, ours in (
         ("architecture", base.architecture, here.architecture),
         ("size", f"{base.params:,} parameters", f"{here.params:,} parameters"),
         ("configuration", base.config_hash[:12], here.config_hash[:12]),
-        ("weights", base.fingerprint[:12], here.fingerprint[:12]),
+        ("weights", base.fingerprint, here.fingerprint),
     ):
-        if theirs != ours:
+        same = theirs == ours or (what == "weights" and set(theirs.split("-")) & set(ours.split("-")))
+        if not same:
             raise MismatchError(
                 f"this path belongs to another model: {what} was {theirs}, here it is {ours}. "
                 "Load the model that was searched, or search this one"
             )
+    modules = dict(model.named_modules())
+    for pair in pairs:
+        if missing := [slot.module for slot in pair.slots if slot.module not in modules]:
+            raise MismatchError(f"the path's {pair.name} names {missing[0]}, which the model has not; search it again")
+
+
+def _check_present(model: nn.Module) -> None:
+    """Refuse a model whose weights are elsewhere.
+
+    Raises:
+        UnsupportedModelError: they are on the meta device.
+    """
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UnsupportedModelError(
+            f"{len(absent)} parameters of the {type(model).__name__} are on the meta device ({absent[0]}): it was "
+            "built without weights, or offloaded; load it whole, on one device"
+        )
 
 
 def _reasons(refused: Mapping[str, str]) -> str:

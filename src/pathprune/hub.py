@@ -41,7 +41,21 @@ from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_mod
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken"]  # of tokenizers and processors
+# Of tokenizers, processors and modules of sentence-transformers.
+BESIDE = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken", "[0-9]_*/*"]
+# Of a dense model alone.
+DENSE_FILES = (
+    ".safetensors",
+    ".bin",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".pt",
+    ".gguf",
+    ".index.json",
+    "README.md",
+    "path.json",
+)
 MODEL_FILES = r"(model|pytorch_model)[-.].*(safetensors|bin|index\.json)"  # would be read in place of newer ones
 
 
@@ -213,23 +227,13 @@ def save_model(
     Raises:
         ArtifactError: the folder cannot be written, holds something that is not a model, or is ``source``.
     """
-    folder = Path(os.path.abspath(folder))
-    if source is not None and Path(source).resolve() == folder.resolve():
-        raise ArtifactError(
-            f"{folder} is the model that this one was made from, and would be lost; choose another --out"
-        )
-    if (folder.exists() and not folder.is_dir()) or (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in ("config.json", SHAPES))
-    ):
-        raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
+    folder = check_free(folder, *([] if source is None else [source]))
     beside = None if source is None else _small_files(source, model)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         if beside is not None:
-            shutil.copytree(beside, part, ignore=_weights, dirs_exist_ok=True)
+            shutil.copytree(beside, part, ignore=_not_beside(Path(beside)), dirs_exist_ok=True)
         if _of_transformers(model):
             model.save_pretrained(part)
         else:
@@ -258,6 +262,29 @@ def save_model(
         shutil.rmtree(part, ignore_errors=True)
 
 
+def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
+    """Where a model may be written: the folder that ``folder`` is, or links to.
+
+    Args:
+        sources: folders or hub ids of the models that the new one comes from.
+
+    Raises:
+        ArtifactError: it holds something that is not a model, or is one of the sources.
+    """
+    folder = Path(folder).resolve()
+    if any(Path(source).resolve() == folder for source in sources):
+        raise ArtifactError(
+            f"{folder} is the model that this one was made from, and would be lost; choose another --out"
+        )
+    if (folder.exists() and not folder.is_dir()) or (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in ("config.json", SHAPES))
+    ):
+        raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
+    return folder
+
+
 def _move_rest(old: Path, folder: Path) -> None:
     """What stood beside the old model, and is no part of it, to the new one."""
     for rest in list(old.iterdir()):
@@ -277,7 +304,7 @@ def _small_files(source: str | os.PathLike[str], model: Any) -> str | os.PathLik
         return source
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)  # the one that was loaded
     try:
-        return snapshot_download(str(source), revision=revision, allow_patterns=SMALL_FILES)
+        return snapshot_download(str(source), revision=revision, allow_patterns=BESIDE)
     except (OSError, ValueError) as error:
         warnings.warn(
             f"the model is saved without a tokenizer or processor: {source} gave none ({error}). "
@@ -287,14 +314,23 @@ def _small_files(source: str | os.PathLike[str], model: Any) -> str | os.PathLik
         return None
 
 
-def _weights(folder: str, names: list[str]) -> list[str]:
-    """Files of a model folder that belong to the dense model alone, a path among them."""
-    endings = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".pt", ".gguf", ".index.json", "README.md")
-    return [
-        name
-        for name in names
-        if name.endswith(endings) or name.startswith(".") or name in ("onnx", "openvino", "path.json")
-    ]
+def _not_beside(source: Path) -> Callable[[str, list[str]], list[str]]:
+    """For ``shutil.copytree``: what belongs to the dense model alone, its weights, a path, and folders that are neither
+    modules of sentence-transformers nor chat templates.
+    """
+    try:
+        modules = {module["path"] for module in json.loads((source / "modules.json").read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, KeyError):  # there are none, or nobody could read them anyway
+        modules = set()
+
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        here = Path(folder)
+        if here != source:
+            return []
+        folders = {name for name in names if (here / name).is_dir()} - modules - {"additional_chat_templates"}
+        return [name for name in names if name in folders or name.endswith(DENSE_FILES) or name.startswith(".")]
+
+    return ignore
 
 
 def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:

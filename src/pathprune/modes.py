@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pathprune.errors import DataError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -25,6 +27,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def caching(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the model returns keys and values, where it can; its configuration comes back afterwards."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = wanted
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """What data and model draw comes from the seed; the caller's random state comes back afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -33,8 +49,18 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(device: torch.device, bf16: bool) -> Iterator[None]:
-    """Matrix products in bfloat16, weights and all that is delicate in float32, if asked for."""
+def mixed(model: nn.Module, bf16: bool) -> Iterator[None]:
+    """Matrix products in bfloat16, weights and all that is delicate in float32, if asked for.
+
+    Raises:
+        DataError: the weights are in a precision that does not go with it.
+    """
+    first = next(model.parameters())
+    device = first.device
+    if bf16 and first.dtype not in (torch.float32, torch.bfloat16):
+        raise DataError(
+            f"bf16=True does not go with {first.dtype} weights; load the model in float32, or leave bf16 out"
+        )
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if bf16 and device.type == "cpu":
             with _WideAttention():

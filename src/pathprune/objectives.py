@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pathprune.errors import DataError
-from pathprune.modes import evaluating
+from pathprune.modes import caching, evaluating
 from pathprune.outputs import Batch, last_hidden, pooled, real_tokens, samples, towers
 
 TARGET_CACHE_BYTES = 2**30
@@ -195,7 +195,7 @@ def get_objective(
     if not isinstance(objective, str):
         return objective
     if objective == "auto":
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), caching(model, True), torch.no_grad():  # a decoder shows itself by its cache
             objective = auto(model, model(**batch), encoder=encoder)
     match objective:
         case "embedding":

@@ -12,6 +12,7 @@ from pathprune.errors import DataError
 
 Batch = Mapping[str, Tensor]
 
+TOKENS = ("input_ids", "inputs_embeds")
 TOWERS = ("image_embeds", "text_embeds", "audio_embeds", "video_embeds")
 
 
@@ -50,8 +51,8 @@ def real_tokens(outputs: Any, batch: Batch, length: int) -> Tensor:
     decodes = getattr(outputs, "encoder_last_hidden_state", None) is not None
     mask = _decoder_mask(batch) if decodes else batch.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.shape[1] < length:
-        some = next(iter(batch.values()))
-        return torch.ones(some.shape[0], length, dtype=torch.bool, device=some.device)
+        device = next(iter(batch.values())).device
+        return torch.ones(samples(batch), length, dtype=torch.bool, device=device)
     if mask.shape[1] == length:
         return mask.bool()
     frames = (mask.sum(1, keepdim=True) * length).div(mask.shape[1], rounding_mode="floor").clamp_min(1)
@@ -78,5 +79,15 @@ def pooled(hidden: Tensor, real: Tensor, class_token: bool = False) -> Tensor:
 
 
 def samples(batch: Batch) -> int:
-    """Samples in a batch."""
-    return next(iter(batch.values())).shape[0]
+    """Samples in a batch: by its tokens, where it has some, because one row of positions may serve all."""
+    return next((batch[name] for name in TOKENS if name in batch), next(iter(batch.values()))).shape[0]
+
+
+def relative_weights(norm: Tensor) -> Tensor:
+    """Weights of tokens in a fit to relative errors, (tokens, 1), from their norms, (tokens, 1).
+
+    A token of next to nothing (padding without a mask, whose embedding is zero) would own the fit, and has no part in
+    it; where all are nothing, they count alike.
+    """
+    weight = torch.where(norm > 1e-3 * norm.median(), 1 / norm, 0)
+    return weight if weight.any() else torch.ones_like(norm)

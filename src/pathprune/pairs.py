@@ -279,7 +279,7 @@ class BaseModel:
     Args:
         architecture: class name.
         config_hash: SHA-256 of the configuration without what loading or saving adds.
-        fingerprint: SHA-256 of parameter names, shapes and a sample of the values.
+        fingerprint: two SHA-256 of parameter names, shapes and a sample of the values (``discovery.identify``).
         params: parameters of the whole model.
         macs_per_token: multiply-accumulates of the linear maps that run at every token, per token of input.
         macs_per_sequence: of those that run once a sequence (poolers, classification heads).

@@ -89,7 +89,8 @@ def _load(
             raise ArtifactError(f"the path in {folder} lacks a part of what was trained; copy it again from its source")
         state, record = _sliced_state(dense, path, selection, weights, told)
     config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
-    small = type(kind).from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **options})
+    options.setdefault("dtype", options.pop("torch_dtype", "auto"))
+    small = type(kind).from_pretrained(None, config=config, state_dict=state, **options)
     if small.can_generate() and (folder / "generation_config.json").exists():
         small.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return small

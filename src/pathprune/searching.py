@@ -24,9 +24,10 @@ from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
-from pathprune.modes import evaluating, mixed, seeded
+from pathprune.modes import caching, evaluating, mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
+from pathprune.outputs import samples
 from pathprune.pairs import PairList
 from pathprune.path import Floats, SolutionPath, Trajectory, library_versions
 
@@ -182,7 +183,7 @@ def search(
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
     device = next(model.parameters()).device
-    with seeded(seed, device):
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
         batches = Batches(model, data)
         goal = get_objective(objective, model, batches.first)
         config = config.suited(goal, batches.first)
@@ -190,6 +191,7 @@ def search(
         if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
             path = SolutionPath.load(out)
             _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
+            remove_artifact(out, "statistics")  # where it was stopped between its last two lines
             return path
         with _frozen(model), evaluating(model):
             run = _Run(model, pairs, batches, goal, config, None if out is None else Path(out), progress)
@@ -323,8 +325,7 @@ class _Run:
         ):
             what = "curvature" if gramians is None else "bases"
             for batch in tqdm(batches, desc=what, unit="step", disable=self.hidden, leave=False):
-                samples = next(iter(batch.values())).shape[0]
-                ones = torch.ones(samples, sum(self.sizes), device=self.batches.device, requires_grad=True)
+                ones = torch.ones(samples(batch), sum(self.sizes), device=self.batches.device, requires_grad=True)
                 self.masks.update(self.split(ones))
                 with self.precision():
                     outputs = self.model(**batch)
@@ -333,7 +334,7 @@ class _Run:
                 grads = torch.autograd.grad(value, ones)[0].float().cpu()
                 if rows:
                     found.append(grads)
-                square, count = square + grads.square().sum(0), count + samples
+                square, count = square + grads.square().sum(0), count + len(grads)
         self.masks.clear()
         return torch.cat(found) if rows else (square / count).sqrt()[None]
 
@@ -348,7 +349,7 @@ class _Run:
         return self.join(shares)
 
     def precision(self) -> AbstractContextManager[None]:
-        return mixed(self.batches.device, self.config.bf16)
+        return mixed(self.model, self.config.bf16)
 
     def attached(self) -> AbstractContextManager[None]:
         """Masks, fills and compensation, for the steps on the path."""
@@ -488,7 +489,10 @@ class _Run:
             self.found = Calibration(parts["basis"], parts["mean"], parts["std"], parts["out"])
             self.centre, self.covariance = parts["centre"], parts["covariance"]
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
-            self.complete = int(meta["step"]), self.driver.state
+            step = int(meta["step"])
+            if not 0 < step <= self.config.path_steps or len(parts["trajectory"]["loss"]) != step:
+                raise ValueError(f"step {step} of {self.config.path_steps}")
+            self.complete = step, self.driver.state
             self.loss, self.level, self.gamma_l1 = (
                 parts["trajectory"][name].tolist() for name in ("loss", "level", "gamma_l1")
             )
@@ -525,16 +529,11 @@ def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> i
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for weights, no cache of keys and values; both come back afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
     for parameter in trainable:
         parameter.requires_grad_(False)
-    if caches:
-        config.use_cache = False
     try:
-        yield
+        with caching(model, False):
+            yield
     finally:
-        if caches:
-            config.use_cache = caches
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -154,7 +154,7 @@ def test_masks_work_in_mixed_precision(subject: Subject) -> None:
     cpu = torch.device("cpu")
     told = compensators(selection.centre, selection.covariance, cpu)
     outputs = {name: torch.from_numpy(array) for name, array in selection.output.items() if not masks[name].all()}
-    with attach_masks(model, subject.pairs, masks, fill, selection.basis, told, outputs), mixed(cpu, True):
+    with attach_masks(model, subject.pairs, masks, fill, selection.basis, told, outputs), mixed(model, True):
         rough = {name: tensor.double() for name, tensor in run(model, inputs).items()}
     print(f"{subject.row.name}: {gap(rough, exact):.3f}")
     assert gap(rough, exact) < 0.1

@@ -82,7 +82,9 @@ def _check_sliced(small: nn.Module, teacher: nn.Module) -> None:
     fits = set(ours) - biases == set(large) and all(
         a <= b for name in large for a, b in zip(ours[name].shape, large[name].shape, strict=True)
     )
-    if not fits or sum(p.numel() for p in ours.values()) >= sum(p.numel() for p in large.values()):
+    if fits and sum(p.numel() for p in ours.values()) >= sum(p.numel() for p in large.values()):
+        raise MismatchError(f"the {type(small).__name__} is no smaller than its teacher: there is nothing to recover")
+    if not fits:
         raise MismatchError(
             f"the {type(small).__name__} to recover was not sliced from the {type(teacher).__name__} given as teacher; "
             "pass the dense model that it was cut from"

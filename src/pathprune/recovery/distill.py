@@ -102,12 +102,12 @@ def distill(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=warm_up)
         stream = iter(batches)
         bar = tqdm(range(steps), desc="distil", unit="step", disable=hidden)
-        with bar, seeded(seed, batches.device):
+        with bar, torch.inference_mode(False), torch.enable_grad(), seeded(seed, batches.device):
             for step in bar:
                 batch = next(stream)
                 if before is not None:
                     before(step)
-                with mixed(batches.device, bf16):
+                with mixed(student, bf16):
                     target, outputs = teacher(batch), student(**batch)
                 loss = teacher.objective.loss(outputs, batch, target)
                 value = check_finite(loss, f"at distillation step {step}")
