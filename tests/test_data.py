@@ -71,6 +71,7 @@ class Words:
 def test_texts_that_the_tokenizer_does_not_know_are_refused() -> None:
     for words in ("A B c d", "A B C d"):  # half, and less, of the words
         assert len(tokenized([words], Words())) == len(packed([words], Words(), length=3)) == 1
+    assert tokenized([], Words()) == []
     with pytest.raises(pp.DataError, match=r"3 of 4 tokens are unknown to the Words: the model's own tokenizer files"):
         tokenized(["A b c d"], Words())
     with pytest.raises(pp.DataError, match=r"2 of 3 tokens are unknown to the Words"):

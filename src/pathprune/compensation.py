@@ -152,6 +152,8 @@ class _Hook:
         if self.real is not None and self.real.shape == x.shape[:-1]:  # padding tokens do not count
             real = self.real.bool()
             x, output = x[real], output[real]
+            if not len(x):
+                return
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = relative_weights(output.flatten(0, -2).to(wide).norm(dim=1, keepdim=True))
         x = x.flatten(0, -2).to(wide)

@@ -165,7 +165,7 @@ def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
         DataError: they are.
     """
     unk = tokenizer.unk_token_id
-    if unk is None or unk == tokenizer.eos_token_id:
+    if not ids or unk is None or unk == tokenizer.eos_token_id:
         return
     every = torch.cat(list(ids))
     words = every[~torch.isin(every, torch.tensor([i for i in tokenizer.all_special_ids if i != unk]))]
