@@ -221,14 +221,14 @@ def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> N
     if read is None:
         _check_present(model)
     base, here = pairs.base, identify(model, pairs.base.macs_per_token, pairs.base.macs_per_sequence, read)
+    alike = set(base.fingerprint.split("-")) & set(here.fingerprint.split("-"))
     for what, theirs, ours in (
         ("architecture", base.architecture, here.architecture),
         ("size", f"{base.params:,} parameters", f"{here.params:,} parameters"),
         ("configuration", base.config_hash[:12], here.config_hash[:12]),
-        ("weights", base.fingerprint, here.fingerprint),
+        ("weights", base.fingerprint[:12], base.fingerprint[:12] if alike else here.fingerprint[:12]),
     ):
-        same = theirs == ours or (what == "weights" and set(theirs.split("-")) & set(ours.split("-")))
-        if not same:
+        if theirs != ours:
             raise MismatchError(
                 f"this path belongs to another model: {what} was {theirs}, here it is {ours}. "
                 "Load the model that was searched, or search this one"
