@@ -303,15 +303,18 @@ def _small_files(source: str | os.PathLike[str], model: Any) -> str | os.PathLik
     if Path(source).is_dir():
         return source
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)  # the one that was loaded
-    try:
-        return snapshot_download(str(source), revision=revision, allow_patterns=BESIDE)
-    except (OSError, ValueError) as error:
-        warnings.warn(
-            f"the model is saved without a tokenizer or processor: {source} gave none ({error}). "
-            "Save it into the folder yourself, by its own save_pretrained",
-            stacklevel=3,
-        )
-        return None
+    reason: Exception | None = None
+    for cached in (False, True):  # what is in the cache does where the hub is out of reach
+        try:
+            return snapshot_download(str(source), revision=revision, allow_patterns=BESIDE, local_files_only=cached)
+        except (OSError, ValueError) as error:
+            reason = reason or error
+    warnings.warn(
+        f"the model is saved without a tokenizer or processor: {source} gave none ({reason}). "
+        "Save it into the folder yourself, by its own save_pretrained",
+        stacklevel=3,
+    )
+    return None
 
 
 def _not_beside(source: Path) -> Callable[[str, list[str]], list[str]]:
