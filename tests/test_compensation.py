@@ -209,9 +209,8 @@ def test_a_token_of_nothing_has_no_part_in_a_fit() -> None:
     clean = [{"input_ids": batch["input_ids"]} for batch in tiny_batches()]
     first = clean[0]["input_ids"].clone()
     first[1, 0] = 0
-    path = pp.SolutionPath.from_scores(
-        pp.find_pairs(model), {p.name: torch.ones(p.shape) for p in pp.find_pairs(model)}
-    )
+    pairs = pp.find_pairs(model)
+    path = pp.SolutionPath.from_scores(pairs, {pair.name: torch.ones(pair.shape) for pair in pairs})
     fits = [pp.compensate(model, path, [{"input_ids": ids}, *clean[1:]]) for ids in (clean[0]["input_ids"], first)]
     for name, array in fits[0].covariance.items():
         assert np.abs(fits[1].covariance[name] - array).max() < 0.2 * np.abs(array).max()

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pathprune.errors import DataError
+from pathprune.data import check_moments
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair, PairList
 
@@ -131,8 +131,7 @@ def calibrate(
     for pair in wanted:
         if not moments[pair.name].count:  # a part of the model that the data does not reach
             continue
-        if not torch.isfinite(moments[pair.name].second).all():
-            raise DataError(f"what {pair.name} computes is not finite; check the data, or load the model in float32")
+        check_moments(moments[pair.name].second, pair.name)
         # Heads of one group share their values, hence the basis and the fill: both are for the mean over them.
         mean, spread = (part.unflatten(0, (pair.groups, -1)).mean(1) for part in moments[pair.name].central())
         if pair.name in gramians:

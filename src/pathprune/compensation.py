@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pathprune.data import Batch, Batches
+from pathprune.data import Batch, Batches, check_moments
 from pathprune.errors import DataError, MismatchError
 from pathprune.modes import evaluating
 from pathprune.outputs import module_mask, relative_weights
@@ -124,8 +124,7 @@ def gather(
     for name, hook in hooks.items():
         if hook.moment is None:  # a part of the model that the data does not reach
             continue
-        if not torch.isfinite(hook.moment).all():
-            raise DataError(f"what {name} computes is not finite; check the data, or load the model in float32")
+        check_moments(hook.moment, name)
         mean, spread = hook.central()
         # An input that never changes has no variance: there the ridge is by its size, or anything.
         ridge = torch.maximum(RIDGE * spread.diagonal().mean(), 1e-6 * mean.square().mean())

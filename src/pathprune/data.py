@@ -88,7 +88,7 @@ class Batches:
         return list(islice(self, count))
 
 
-def placed(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+def placed(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on a device."""
     return {key: value.to(device) for key, value in batch.items()}
 
@@ -106,6 +106,16 @@ def check_finite(loss: Tensor, where: str) -> float:
             "or load the model in float32 or bfloat16"
         )
     return value
+
+
+def check_moments(moment: Tensor, what: str) -> None:
+    """Refuse activations that are not finite, by their moments.
+
+    Raises:
+        DataError: they are not.
+    """
+    if not torch.isfinite(moment).all():
+        raise DataError(f"what {what} computes is not finite; check the data, or load the model in float32")
 
 
 def read_texts(file: str | Path, field: str = "text") -> list[str]:
