@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathprune.errors import DataError as DataError
     from pathprune.errors import MismatchError as MismatchError
     from pathprune.errors import PathpruneError as PathpruneError
+    from pathprune.errors import SettingError as SettingError
     from pathprune.errors import UnsupportedModelError as UnsupportedModelError
     from pathprune.hub import load_model as load_model
     from pathprune.hub import save_model as save_model
@@ -44,6 +45,7 @@ _HOME = {
     "PairList": "pairs",
     "PathpruneError": "errors",
     "Selection": "budget",
+    "SettingError": "errors",
     "Slot": "pairs",
     "SolutionPath": "path",
     "UnsupportedModelError": "errors",

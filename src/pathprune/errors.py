@@ -13,6 +13,10 @@ class DataError(PathpruneError):
     """The data is empty, has the wrong keys, or gives a loss that is not a finite number."""
 
 
+class SettingError(PathpruneError, ValueError):
+    """A setting that does not exist, or whose value is out of range."""
+
+
 class BudgetError(PathpruneError):
     """A budget that no selection of this path can meet, or that is not a budget."""
 
