@@ -751,7 +751,9 @@ def _label(batches: list[dict[str, Any]], model: Any, given: _Given) -> None:
     for label in read_file(given.data, given.field, given.label_field).labels or ():
         number = known.get(str(label), int(label) if str(label).isdigit() else -1)
         if not 0 <= number < model.config.num_labels:
-            some = ", ".join(str(name)[:40] for name in list(known)[:8]) + (", ..." if len(known) > 8 else "")
+            some = ", ".join(str(name)[:40] for name in sorted(known, key=known.__getitem__)[:8]) + (
+                ", ..." if len(known) > 8 else ""
+            )
             raise DataError(
                 f"{given.data}: the label {str(label)[:40]!r} of {given.label_field!r} is none of the model's ({some})"
             )
