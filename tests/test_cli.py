@@ -395,6 +395,9 @@ def test_every_command_cuts_texts_alike(dense: Path, tmp_path: Path, ask: Ask, m
     code, _, err = ask("evaluate", half, *teacher)
     assert code == 0, err
     assert "cut at 32 tokens" in err  # the model's positions
+    code, _, err = ask("evaluate", half, *teacher, "--max-length", 33)
+    assert code == 2
+    assert "error: --max-length 33 is more than the 32 tokens that BertModel reads" in err
 
 
 def test_the_dense_model_runs_once_for_all(

@@ -228,7 +228,7 @@ def search(
     given = _given(data, field, label_field, objective, max_bad)
     dense = _load(model, device)
     batches = _batches(dense, model, given, batch_size, max_length)
-    typer.echo(f"search: {steps} steps over {_amount(batches)}", err=True)
+    _say(f"search: {steps} steps over {_amount(batches)}")
     from pathprune.searching import search as run
 
     try:
@@ -335,6 +335,7 @@ def recover(
     batches = _batches(dense, teacher, given, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective.value, "bf16": bf16}
     settings["lora_rank"] = lora_rank
+    _say(f"recover: {steps} steps over {_amount(batches)}")
     first = list(islice(batches, 8))
     outputs = Targets(dense, get_objective(objective.value, dense, Batches(dense, first).first))
     before = fidelity(small, outputs, first)
@@ -387,6 +388,7 @@ def elastic(
     batches = _batches(dense, model, given, batch_size, max_length)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective.value, "seed": seed}
     settings["bf16"] = bf16
+    _say(f"elastic: {steps} steps over {_amount(batches)}")
     trained, path = train(dense, searched, data=batches, **settings)
     save_model(trained, out, source=model)
     path.save(out)
@@ -694,7 +696,11 @@ def _length(model: Any, texts: list[str], tokenizer: Any, asked: int | None) -> 
     """Tokens at which texts are cut: the same rule for every command; says what it comes to."""
     from pathprune.data import fitting_length, token_lengths
 
-    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if asked and asked > positions:
+        raise SettingError(
+            f"--max-length {asked} is more than the {positions:,} tokens that {type(model).__name__} reads"
+        )
     most = min(512, positions, tokenizer.model_max_length)
     lengths = token_lengths(texts, tokenizer)
     length = asked or fitting_length(lengths, most)
