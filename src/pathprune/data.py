@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
+import math
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.errors import DataError
+from pathprune.reading import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from pathprune.reading import image_files
+from pathprune.reading import read_texts as read_texts
 
 Batch = dict[str, Tensor]
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Batches:
@@ -118,28 +120,6 @@ def check_moments(moment: Tensor, what: str) -> None:
         raise DataError(f"what {what} computes is not finite; check the data, or load the model in float32")
 
 
-def read_texts(file: str | Path, field: str = "text") -> list[str]:
-    """Texts of a file: one a line, or one JSON object a line (``.jsonl``) with the text in ``field``.
-
-    Raises:
-        DataError: the file cannot be read, holds no text, or lacks the field.
-    """
-    path = Path(file)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [str(json.loads(line)[field]) for line in lines] if path.suffix == ".jsonl" else lines
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is not text: {error!r}. It needs one text a line in UTF-8, "
-            f"or a .jsonl with {field!r} in each object"
-        ) from error
-    if not texts:
-        raise DataError(f"{path} is empty; it needs one text a line")
-    return texts
-
-
 def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128) -> list[Batch]:
     """Batches of model inputs, each padded to its longest text.
 
@@ -166,6 +146,22 @@ def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max
     ]
     _check_known([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches], tokenizer)
     return batches
+
+
+def token_lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Tokens of each of a thousand texts, spread over all, uncut; sorted."""
+    sample = list(texts[:: max(1, len(texts) // 1000)])
+    return sorted(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"])
+
+
+def fitting_length(lengths: Sequence[int], most: int = 512) -> int:
+    """The length at which to cut texts so that 95 % of them stay whole: a multiple of 8, where ``most`` allows.
+
+    Args:
+        lengths: sorted, of at least one text.
+    """
+    held = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    return min(math.ceil(held / 8) * 8, most)
 
 
 def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
@@ -218,34 +214,87 @@ def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length
 class Images:
     """Batches of a folder's images, in a fixed shuffled order; read anew at every pass, so they need not fit in memory.
 
+    An image that cannot be read is left out, with a warning that names it.
+
     Args:
         folder: searched with its subfolders.
         processor: an image processor of ``transformers``, which scales and normalises as the model expects.
+        max_bad: how many images may be left out.
+        labels: name of a subfolder -> label of the images in it, for the objective ``task``.
+
+    Attributes:
+        bad: the images left out so far, and why.
 
     Raises:
-        DataError: there is no image, or Pillow is not installed.
+        DataError: there is no image, more than ``max_bad`` cannot be read, a subfolder has no label, or Pillow is not
+            installed.
     """
 
-    def __init__(self, folder: str | Path, processor: Any, *, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        processor: Any,
+        *,
+        batch_size: int = 16,
+        max_bad: int = 10,
+        labels: Mapping[str, int] | None = None,
+    ) -> None:
         try:
             import PIL.Image
         except ImportError as error:
             raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
         self.open = PIL.Image.open
-        self.processor, self.batch_size = processor, batch_size
-        self.files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise DataError(f"{folder} holds no image; it needs files that end in {', '.join(IMAGE_SUFFIXES)}")
+        self.processor, self.batch_size, self.max_bad, self.labels = processor, batch_size, max_bad, labels
+        self.files = image_files(folder)
+        self.bad: dict[Path, str] = {}
+        if labels is not None and (unknown := sorted({file.parent.name for file in self.files} - set(labels))):
+            raise DataError(
+                f"{folder}: the subfolder {unknown[0]!r} is none of the model's labels "
+                f"({_some(sorted(labels, key=labels.__getitem__))}); images are labelled by their subfolders' names"
+            )
         random.Random(0).shuffle(self.files)  # folders are often sorted by class
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.files), self.batch_size):
-            images = [self._read(file) for file in self.files[start : start + self.batch_size]]
-            yield dict(self.processor(images, return_tensors="pt"))
+        images: list[tuple[Path, Any]] = []
+        for file in self.files:
+            if file not in self.bad and (image := self._read(file)) is not None:
+                images.append((file, image))
+            if len(images) == self.batch_size:
+                yield self._batch(images)
+                images = []
+        if images:
+            yield self._batch(images)
+        if len(self.bad) == len(self.files):
+            raise DataError(self._refusal())
+
+    def _batch(self, images: list[tuple[Path, Any]]) -> Batch:
+        batch: Batch = dict(self.processor([image for _, image in images], return_tensors="pt"))
+        if self.labels is not None:
+            batch["labels"] = torch.tensor([self.labels[file.parent.name] for file, _ in images])
+        return batch
 
     def _read(self, file: Path) -> Any:
+        """The image; None where it cannot be read."""
         try:
             with self.open(file) as image:
                 return image.convert("RGB")
-        except OSError as error:
-            raise DataError(f"cannot read the image {file}: {error}") from error
+        except Exception as error:  # of any kind: Pillow has a reader for each format
+            self.bad[file] = str(error).partition(f" {str(file)!r}")[0] or type(error).__name__
+        if len(self.bad) > self.max_bad:
+            raise DataError(self._refusal())
+        warnings.warn(f"cannot read the image {file}: {self.bad[file]}; it is left out", stacklevel=2)
+        return None
+
+    def _refusal(self) -> str:
+        file, reason = next(iter(self.bad.items()))
+        others = f" (and {len(self.bad) - 1} others)" if len(self.bad) > 1 else ""
+        return (
+            f"cannot read the image {file}{others}: {reason}; of {len(self.files)} images, at most "
+            f"max_bad={self.max_bad} may be left out, and not all"
+        )
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The first few of them, for an error."""
+    first = [str(name)[:40] for name in islice(names, 9)]
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
