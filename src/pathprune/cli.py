@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -324,10 +323,7 @@ def recover(
     for name in (model, teacher):
         _check_model(name)
     given = _given(data, field, label_field, objective, max_bad)
-    from pathprune.data import Batches
-    from pathprune.evaluation import fidelity
     from pathprune.hub import check_free, save_model
-    from pathprune.objectives import Targets, get_objective
     from pathprune.recovery import recover as run
 
     check_free(out, model, teacher)
@@ -336,16 +332,18 @@ def recover(
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective.value, "bf16": bf16}
     settings["lora_rank"] = lora_rank
     _say(f"recover: {steps} steps over {_amount(batches)}")
-    first = list(islice(batches, 8))
-    outputs = Targets(dense, get_objective(objective.value, dense, Batches(dense, first).first))
-    before = fidelity(small, outputs, first)
-    recovered = run(small, teacher=dense, data=batches, **settings)
-    after = fidelity(recovered, outputs, first)
+    recovered: Any = run(small, teacher=dense, data=batches, progress=True, **settings)
+    outcome = recovered.recovery
     save_model(recovered, out, source=model)
+    before, after = 1 - outcome.before[0], 1 - outcome.after[0]
     if as_json:
-        _print_json(out=str(out), fidelity_on_training_data={"before": before, "after": after})
+        held_out = {"samples": outcome.samples, "before": before, "after": after}
+        _print_json(out=str(out), fidelity_held_out=held_out, steps=outcome.steps, kept=outcome.kept, lr=outcome.lr)
         return
-    typer.echo(f"{out}: fidelity to dense on the first batches of this data {before:.4f} -> {after:.4f}")
+    typer.echo(
+        f"{out}: fidelity to dense on {outcome.samples} samples that were held back {before:.4f} -> {after:.4f} "
+        f"(step {outcome.kept} of {outcome.steps})"
+    )
     typer.echo(
         f"Next: pathprune evaluate {_word(out)} --teacher {_word(teacher)} --data UNSEEN "
         f"(UNSEEN: of the kind of {data}, and not in it)"
@@ -389,13 +387,17 @@ def elastic(
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective.value, "seed": seed}
     settings["bf16"] = bf16
     _say(f"elastic: {steps} steps over {_amount(batches)}")
-    trained, path = train(dense, searched, data=batches, **settings)
+    trained, path = train(dense, searched, data=batches, progress=True, **settings)
     save_model(trained, out, source=model)
     path.save(out)
+    held_out = path.config["held_out"]
     if as_json:
-        _print_json(out=str(out), **settings)
+        _print_json(out=str(out), held_out=held_out, **settings)
         return
     typer.echo(f"{out}: {type(trained).__name__} in which every size from {lowest:.0%} up is recovered")
+    found = zip(held_out["levels"], held_out["before"], held_out["after"], strict=True)
+    gains = ", ".join(f"at {level:.0%} {1 - before:.4f} -> {1 - after:.4f}" for level, before, after in found)
+    typer.echo(f"fidelity to dense on {held_out['samples']} samples that were held back: {gains}")
     typer.echo(f"Next: pathprune slice {_word(out)} {_word(out)} --keep 0.5 --out {_word(f'{out}-50')}")
 
 

@@ -36,9 +36,9 @@ def recover(
 ) -> nn.Module:
     """A copy of ``small``, of the same shape, trained to imitate ``teacher``; both are untouched.
 
-    One sample in ten (of few, more) is held back. What is returned are the weights that were best on those: never worse
-    there than ``small``, which comes back as it is, with a warning, where nothing was gained. ``.recovery`` of what is
-    returned has the figures (``Outcome``).
+    One sample in ten (of few, more) is held back, and the weights that were best on those come back: never worse than
+    ``small`` by the ``fidelity`` to the dense model. Where nothing was gained a warning says so, and ``small`` comes
+    back as it is. ``.recovery`` of the returned model has the figures (``Outcome``).
 
     Args:
         small: sliced from ``teacher``.
@@ -72,7 +72,7 @@ def recover(
             student,
             teacher,
             batches,
-            hidden=None if progress is None else not progress,
+            progress=progress,
             steps=steps,
             lr=lr,
             gone=1 - _trained_size(small) / _trained_size(dense),

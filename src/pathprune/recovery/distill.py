@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from pathprune.data import Batch, Batches, check_finite
@@ -19,6 +18,7 @@ from pathprune.errors import SettingError
 from pathprune.modes import mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective
 from pathprune.outputs import samples
+from pathprune.progress import track
 from pathprune.recovery.holdout import HeldOut
 
 LR = 1e-3  # of a model that has lost everything
@@ -70,6 +70,7 @@ class Outcome:
 
     Attributes:
         before, after: mean loss at the start and of what was kept; of each size, where several are trained at once.
+            One minus it is the ``fidelity`` that ``pathprune evaluate`` gives.
         samples: held back to measure on.
         kept: the step after which the weights were best; 0 where nothing was gained.
         steps: that were run.
@@ -93,7 +94,7 @@ def distill(
     teacher: nn.Module | Targets,
     batches: Batches,
     *,
-    hidden: bool | None,
+    progress: bool | None,
     steps: int,
     lr: float | None,
     gone: float,
@@ -109,13 +110,13 @@ def distill(
 ) -> Outcome:
     """Train in place with AdamW on a one-cycle schedule; weights of 16 bits by way of copies of 32.
 
-    Some samples are held back. The loss on them is measured at the start and up to twelve times on the way, and the
-    best weights are what is left in the end: the start itself, if nothing was better. Where training has made things
-    worse than they were at the start, it goes on from the best weights at a third of the learning rate; after four
-    such falls, it stops.
+    Some samples are held back. The loss on them (of an encoder that of its embeddings, as in ``fidelity``) is measured
+    at the start and up to twelve times on the way, and the best weights are what is left in the end: the start itself,
+    if nothing was better. Where training has made things worse than they were at the start, it goes on from the best
+    weights at a third of the learning rate; after four such falls, it stops.
 
     Args:
-        hidden: whether the bar is; ``None`` shows it on a terminal only.
+        progress: see ``pathprune.progress.track``.
         lr: peak learning rate; ``None`` goes by the loss and by ``gone``.
         gone: share of the trained parameters that slicing took away.
         validation: data to measure on, in place of samples held back.
@@ -131,7 +132,11 @@ def distill(
     if steps < 1 or (lr is not None and not 0 < lr < math.inf):
         raise SettingError(f"steps={steps} and lr={lr} must be positive, and finite")
     if isinstance(teacher, nn.Module):
-        teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
+        goal, measure = (get_objective(objective, teacher, batches.first, encoder=e) for e in ("hidden", "embedding"))
+        judge = Targets(teacher, measure)
+        teacher = judge if type(goal) is type(measure) else Targets(teacher, goal)
+    else:
+        judge = teacher
     lr = default_lr(teacher.objective, batches.first, gone) if lr is None else lr
     trained = trainable(student) if trained is None else trained
     flags = [(p, p.requires_grad) for p in student.parameters()]
@@ -141,7 +146,7 @@ def distill(
         for parameter in trained:
             parameter.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad(), seeded(seed, batches.device):
-            run = _Training(student, teacher, bf16, trained, beside, lr, beside_lr, steps)
+            run = _Training(student, teacher, judge, bf16, trained, beside, lr, beside_lr, steps)
             held = HeldOut(batches, min(max(steps // 2, 16), MOST_READ), validation)
             marks = {round(steps * (i + 1) / run.checks) for i in range(run.checks)}
 
@@ -154,13 +159,13 @@ def distill(
 
             stream = held.training()
             run.begin(measured())
-            bar = tqdm(range(steps), desc="distil", unit="step", disable=hidden)
-            with bar:
-                for step in bar:
+            with track(total=steps, desc="distil", unit="step", progress=progress) as bar:
+                for step in range(steps):
                     if before is not None:
                         before(step)
                     value = run.step(next(stream), step)
                     bar.set_postfix(loss=f"{value:.4f}", held_out=f"{sum(run.after) / len(sizes):.4f}", refresh=False)
+                    bar.update()
                     if step + 1 in marks and not run.goes_on(measured(), step + 1):
                         break
             run.restore()
@@ -178,6 +183,7 @@ class _Training:
         self,
         student: nn.Module,
         teacher: Targets,
+        judge: Targets,
         bf16: bool,
         trained: Sequence[nn.Parameter],
         beside: Sequence[Tensor],
@@ -185,7 +191,7 @@ class _Training:
         beside_lr: float,
         steps: int,
     ) -> None:
-        self.student, self.teacher, self.bf16 = student, teacher, bf16
+        self.student, self.teacher, self.judge, self.bf16 = student, teacher, judge, bf16
         self.trained, self.beside = trained, beside
         self.checks = min(steps, min(max(steps // 15, 4), 12))
         self.masters = [p.detach().float() if p.itemsize < 4 else p for p in trained]  # small steps would round away
@@ -209,8 +215,8 @@ class _Training:
         with torch.no_grad():
             for batch in batches:
                 with mixed(self.student, self.bf16):
-                    target, outputs = self.teacher(batch), self.student(**batch)
-                value = check_finite(self.teacher.objective.loss(outputs, batch, target), "on the samples held back")
+                    target, outputs = self.judge(batch), self.student(**batch)
+                value = check_finite(self.judge.objective.loss(outputs, batch, target), "on the samples held back")
                 total, count = total + samples(batch) * value, count + samples(batch)
         return total / count
 

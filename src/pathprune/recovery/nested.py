@@ -88,7 +88,6 @@ def elastic(
     def visit(step: int) -> None:
         student.share = 1 - sizes.visit(step).fraction
 
-    hidden = None if progress is None else not progress
     levels = [lowest + (1 - lowest) * share for share in MEASURED]
     told = compensators(path.centre, path.covariance, batches.device)
     masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told, outputs=sizes.outputs)
@@ -105,7 +104,7 @@ def elastic(
             student,
             teacher or model,
             batches,
-            hidden=hidden,
+            progress=progress,
             steps=steps,
             lr=lr,
             gone=1.0,
