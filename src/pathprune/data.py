@@ -140,7 +140,8 @@ def tokenized(
         raise DataError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
     chat = len(texts) > 0 and not isinstance(texts[0], str)
     options = {"add_special_tokens": False} if chat else {}  # a template writes them all
-    rows: list[Any] = [chat_text(text, tokenizer) for text in texts] if chat else [prefix + text for text in texts]
+    rows: list[Any] = list(texts)
+    rows = [chat_text(row, tokenizer) for row in rows] if chat else [prefix + row for row in rows]
     batches: list[Batch] = [
         dict(
             tokenizer(
@@ -175,9 +176,10 @@ def chat_text(conversation: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=asks))
 
 
-def token_lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+def token_lengths(texts: Sequence[Text], tokenizer: Any) -> list[int]:
     """Tokens of each of a thousand texts, spread over all, uncut; sorted."""
-    sample = list(texts[:: max(1, len(texts) // 1000)])
+    some = texts[:: max(1, len(texts) // 1000)]
+    sample = [text if isinstance(text, str) else chat_text(text, tokenizer) for text in some]
     return sorted(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"])
 
 
