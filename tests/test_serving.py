@@ -116,7 +116,10 @@ def test_conversations_of_a_file(tmp_path: Path) -> None:
     assert found.texts == [CHAT, CHAT[:2]]
     assert found.summary.startswith("read 2 conversations from chats.jsonl, field 'messages' (1 empty one left out)")
     for rows, message in (
-        ([[{"role": "user"}]], "a list, but not of messages with role and content"),
+        (
+            [[{"role": "user"}]],
+            "is a list and not a string, nor a conversation: a list of messages with role and content",
+        ),
         ([CHAT, "w1"], "holds texts and conversations; put them into two files"),
     ):
         file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))

@@ -238,7 +238,7 @@ def search(
     given = _given(data, field, label_field, objective, max_bad)
     dense = _load(model, device)
     batches = _batches(dense, model, given, batch_size, max_length, prefix)
-    typer.echo(f"search: {steps} steps over {_amount(batches)}", err=True)
+    _say(f"search: {steps} steps over {_amount(batches)}")
     from pathprune.searching import search as run
 
     try:
@@ -346,6 +346,7 @@ def recover(
     batches = _batches(dense, teacher, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective.value, "bf16": bf16}
     settings["lora_rank"] = lora_rank
+    _say(f"recover: {steps} steps over {_amount(batches)}")
     first = list(islice(batches, 8))
     outputs = Targets(dense, get_objective(objective.value, dense, Batches(dense, first).first))
     before = fidelity(small, outputs, first)
@@ -399,6 +400,7 @@ def elastic(
     batches = _batches(dense, model, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective.value, "seed": seed}
     settings["bf16"] = bf16
+    _say(f"elastic: {steps} steps over {_amount(batches)}")
     trained, path = train(dense, searched, data=batches, **settings)
     save_model(trained, out, source=model)
     path.save(out)
@@ -730,7 +732,11 @@ def _length(model: Any, texts: list[str], tokenizer: Any, asked: int | None) -> 
     """Tokens at which texts are cut: the same rule for every command; says what it comes to."""
     from pathprune.data import fitting_length, token_lengths
 
-    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if asked and asked > positions:
+        raise SettingError(
+            f"--max-length {asked} is more than the {positions:,} tokens that {type(model).__name__} reads"
+        )
     most = min(512, positions, tokenizer.model_max_length)
     lengths = token_lengths(texts, tokenizer)
     length = asked or fitting_length(lengths, most)
@@ -787,7 +793,9 @@ def _label(batches: list[dict[str, Any]], model: Any, given: _Given) -> None:
     for label in read_file(given.data, given.field, given.label_field).labels or ():
         number = known.get(str(label), int(label) if str(label).isdigit() else -1)
         if not 0 <= number < model.config.num_labels:
-            some = ", ".join(str(name)[:40] for name in list(known)[:8]) + (", ..." if len(known) > 8 else "")
+            some = ", ".join(str(name)[:40] for name in sorted(known, key=known.__getitem__)[:8]) + (
+                ", ..." if len(known) > 8 else ""
+            )
             raise DataError(
                 f"{given.data}: the label {str(label)[:40]!r} of {given.label_field!r} is none of the model's ({some})"
             )

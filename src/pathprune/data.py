@@ -308,7 +308,7 @@ class Images:
         if labels is not None and (unknown := sorted({file.parent.name for file in self.files} - set(labels))):
             raise DataError(
                 f"{folder}: the subfolder {unknown[0]!r} is none of the model's labels "
-                f"({_some(labels)}); images are labelled by the names of their subfolders"
+                f"({_some(sorted(labels, key=labels.__getitem__))}); images are labelled by their subfolders' names"
             )
         random.Random(0).shuffle(self.files)  # folders are often sorted by class
 

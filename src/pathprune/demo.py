@@ -183,7 +183,14 @@ def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Cal
     say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
     path = search(
-        dense, data[:SEARCH_BATCHES], objective="embedding", steps=steps, seed=seed, bf16=bf16, out=out / "path"
+        dense,
+        data[:SEARCH_BATCHES],
+        objective="embedding",
+        steps=steps,
+        seed=seed,
+        bf16=bf16,
+        out=out / "path",
+        progress=True,
     )
     seconds["search"] = time.perf_counter() - began
 

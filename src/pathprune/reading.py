@@ -204,12 +204,14 @@ def _texts(path: Path, rows: list[Any], field: str, label_field: str | None, whe
         text = row.get(field) if isinstance(row, Mapping) else row
         if text is None or text == [] or (isinstance(text, str) and not text.strip()):
             continue
-        if isinstance(text, list) and any(
-            not isinstance(turn, dict) or not {"role", "content"} <= set(turn) for turn in text
-        ):
-            raise DataError(f"{path}, text {number:,}: {field!r} is a list, but not of messages with role and content")
-        if not isinstance(text, str | list):
-            raise DataError(f"{path}, text {number:,}: {field!r} is a {type(text).__name__} and not a string")
+        chat = isinstance(text, list) and all(
+            isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in text
+        )
+        if not isinstance(text, str) and not chat:
+            raise DataError(
+                f"{path}, text {number:,}: {field!r} is a {type(text).__name__} and not a string, nor a conversation: "
+                "a list of messages with role and content"
+            )
         if texts and type(text) is not type(texts[0]):
             raise DataError(
                 f"{path}, text {number:,}: {field!r} holds texts and conversations; put them into two files"
