@@ -202,6 +202,27 @@ def test_images_are_upright_and_as_the_models_own_processor_makes_them(kind: str
     assert not torch.equal(found["pixel_values"], flat["pixel_values"])  # the turn is not without effect
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Blip"])
+def test_two_towers_are_compared_where_their_users_read_them(kind: str) -> None:
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    text = {**BERT, "eos_token_id": WORDS.index("</s>"), "encoder_hidden_size": 16}
+    towers = {"text_config": text, "vision_config": {**tower, "image_size": 8, "patch_size": 4}, "projection_dim": 6}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**towers)).eval()
+    size = {"height": 8, "width": 8}
+    images = getattr(transformers, f"{kind}ImageProcessorPil")(size=size, crop_size=size)
+    words = tokenizer("<s> $A </s>" if kind == "CLIP" else "[CLS] $A [SEP]")
+    pictures = [Image.new("RGB", (9, 12), (60 * i, 20, 90)) for i in range(len(TEXTS))]
+    read = {**words(TEXTS, padding=True, return_tensors="pt"), **images(pictures, return_tensors="pt")}
+    path = pp.search(model, [read], steps=20, multiple=1, progress=False)
+    assert path.config["objective"] == "embedding"
+    with torch.no_grad():
+        found = EmbeddingObjective().target(model(**read), read)
+        seen = model.get_image_features(read["pixel_values"]).pooler_output
+        told = model.get_text_features(read["input_ids"], read["attention_mask"]).pooler_output
+    rows = torch.nn.functional.normalize(torch.cat([seen, told]))
+    assert torch.cosine_similarity(found, rows).min() == pytest.approx(1, abs=1e-5)
+
+
 def test_sound_of_30_seconds_and_of_its_own_length() -> None:
     """Whisper sees windows of one length and the decoder's prompt; others a mask over samples."""
     generator = np.random.default_rng(0)
