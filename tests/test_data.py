@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import pathprune as pp
-from pathprune.data import Images, fitting_length, packed, token_lengths, tokenized
+from pathprune.data import Images, first_tokens, fitting_length, packed, token_lengths, tokenized
+from pathprune.errors import SettingError
 from pathprune.evaluation import fidelity
 from pathprune.path import SolutionPath
 from pathprune.reading import read_file, read_texts
@@ -25,31 +26,64 @@ END = 1
 
 
 class Letters:
-    """A tokenizer: one token a letter."""
+    """A tokenizer: one token a letter, between what it puts first and last."""
 
     eos_token_id: int | None = END
     unk_token_id: int | None = None
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __init__(self, first: list[int] | None = None, last: list[int] | None = None) -> None:
+        self.first, self.last = first or [], last or []
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        first, last = (self.first, self.last) if add_special_tokens else ([], [])
+        return {"input_ids": [*first, *map(ord, text), *last]}
 
 
-@given(st.lists(st.text("abcdef", max_size=9)), st.integers(1, 7), st.integers(1, 4))
-def test_packed_windows_are_the_texts_end_to_end(texts: list[str], length: int, batch_size: int) -> None:
-    row: list[int] = []
+SPECIAL = st.lists(st.sampled_from([END, 2, 3]), max_size=2)  # some models begin a text with the token that ends it
+
+
+@given(st.lists(st.text("abcdef", max_size=9)), st.integers(1, 7), st.integers(1, 4), SPECIAL, SPECIAL)
+def test_packed_windows_begin_as_a_text_and_hold_the_texts_end_to_end(
+    texts: list[str], length: int, batch_size: int, first: list[int], last: list[int]
+) -> None:
+    def call() -> list[dict[str, torch.Tensor]]:
+        return packed(texts, Letters(first, last), length=length, batch_size=batch_size)
+
+    if length <= len(first):
+        with pytest.raises(SettingError, match=f"length={length} leaves no room for text: {len(first)} tokens stand"):
+            call()
+        return
+    row, starts = [], set()
     for text in texts:
-        row += map(ord, text)
-        row += [END] if row and row[-1] != END else []  # an empty text closes nothing
+        starts.add(len(row))
+        ids = [*first, *map(ord, text), *last]
+        row += ids + ([END] if ids and ids[-1] != END else [])  # an empty text closes nothing
     if len(row) < length:
         with pytest.raises(pp.DataError, match=f"have {len(row)} tokens, less than one window of {length}"):
-            packed(texts, Letters(), length=length, batch_size=batch_size)
+            call()
         return
-    batches = packed(texts, Letters(), length=length, batch_size=batch_size)
+    batches = call()
     assert all(batch.keys() == {"input_ids"} for batch in batches)
     assert all(len(batch["input_ids"]) == batch_size for batch in batches[:-1])
     windows = torch.cat([batch["input_ids"] for batch in batches])
     assert windows.shape[1] == length
-    assert windows.flatten().tolist() == row[: len(row) // length * length]
+    at = 0
+    for window in windows.tolist():
+        assert window[: len(first)] == first
+        held = window if at in starts else window[len(first) :]
+        assert held == row[at : at + len(held)]
+        at += len(held)
+    assert len(row) - at < length  # nothing else is dropped
+
+
+@pytest.mark.parametrize("first", [[], [END], [2, 3]])
+def test_packed_is_a_cut_of_one_row_where_nothing_stands_first(first: list[int]) -> None:
+    assert first_tokens(Letters(first)) == first_tokens(Letters(first, [4])) == first
+    windows = packed(["abcde", "f"], Letters(first), length=4)[0]["input_ids"].tolist()
+    assert windows[0] == [*first, *map(ord, "abcde")][:4]
+    assert all(window[: len(first)] == first for window in windows)
+    if not first:
+        assert windows == [[97, 98, 99, 100], [101, END, 102, END]]
 
 
 def test_packed_without_an_end_token() -> None:

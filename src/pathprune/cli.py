@@ -55,7 +55,13 @@ class UnitName(StrEnum):
 class ObjectiveName(StrEnum):
     auto = "auto"
     embedding = "embedding"
+    embedding_mean = "embedding-mean"
+    embedding_class = "embedding-class"
+    embedding_last = "embedding-last"
     hidden = "hidden"
+    hidden_mean = "hidden-mean"
+    hidden_class = "hidden-class"
+    hidden_last = "hidden-last"
     logits = "logits"
     task = "task"
 
@@ -74,6 +80,9 @@ ObjectiveOpt = Annotated[
         help="What to stay close to. auto goes by what the model returns; task is the model's own loss, on labels: "
         "of --label-field, of subfolders' names, or the next token."
     ),
+]
+PrefixOpt = Annotated[
+    str | None, typer.Option(help="What stands before every text, such as 'query: '; by default what the folder says.")
 ]
 FieldOpt = Annotated[str, typer.Option(help="Column or field that holds the text.")]
 LabelFieldOpt = Annotated[str, typer.Option(help="Column or field that holds the label, for --objective task.")]
@@ -211,6 +220,7 @@ def search(
     batch_size: BatchOpt = None,
     max_length: LengthOpt = None,
     field: FieldOpt = "text",
+    prefix: PrefixOpt = None,
     label_field: LabelFieldOpt = "label",
     max_bad: MaxBadOpt = 10,
     seed: SeedOpt = 0,
@@ -226,7 +236,7 @@ def search(
     _check_model(model)
     given = _given(data, field, label_field, objective, max_bad)
     dense = _load(model, device)
-    batches = _batches(dense, model, given, batch_size, max_length)
+    batches = _batches(dense, model, given, batch_size, max_length, prefix)
     _say(f"search: {steps} steps over {_amount(batches)}")
     from pathprune.searching import search as run
 
@@ -311,6 +321,7 @@ def recover(
     batch_size: BatchOpt = None,
     max_length: LengthOpt = None,
     field: FieldOpt = "text",
+    prefix: PrefixOpt = None,
     label_field: LabelFieldOpt = "label",
     max_bad: MaxBadOpt = 10,
     seed: SeedOpt = 0,
@@ -328,7 +339,7 @@ def recover(
 
     check_free(out, model, teacher)
     dense, small = _load(teacher, device), _load(model, device)
-    batches = _batches(dense, teacher, given, batch_size, max_length)
+    batches = _batches(dense, teacher, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective.value, "bf16": bf16}
     settings["lora_rank"] = lora_rank
     _say(f"recover: {steps} steps over {_amount(batches)}")
@@ -363,6 +374,7 @@ def elastic(
     batch_size: BatchOpt = None,
     max_length: LengthOpt = None,
     field: FieldOpt = "text",
+    prefix: PrefixOpt = None,
     label_field: LabelFieldOpt = "label",
     max_bad: MaxBadOpt = 10,
     seed: SeedOpt = 0,
@@ -383,7 +395,7 @@ def elastic(
 
     check_free(out, model)
     dense = _load(model, device)
-    batches = _batches(dense, model, given, batch_size, max_length)
+    batches = _batches(dense, model, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective.value, "seed": seed}
     settings["bf16"] = bf16
     _say(f"elastic: {steps} steps over {_amount(batches)}")
@@ -410,6 +422,7 @@ def evaluate(
     batch_size: BatchOpt = None,
     max_length: LengthOpt = None,
     field: FieldOpt = "text",
+    prefix: PrefixOpt = None,
     label_field: LabelFieldOpt = "label",
     max_bad: MaxBadOpt = 10,
     device: DeviceOpt = None,
@@ -428,7 +441,7 @@ def evaluate(
     from pathprune.objectives import Targets, get_objective, objective_name
 
     dense = _load(teacher, device)
-    batches = _batches(dense, teacher, given, batch_size, max_length)
+    batches = _batches(dense, teacher, given, batch_size, max_length, prefix)
     loaded = [dense, *(_load(model, device) for model in models)]
     timing = Batches(dense, batches).first
     goal = get_objective(objective.value, dense, timing)
@@ -606,11 +619,15 @@ def _load(name: str, device: str | None) -> Any:
     import transformers
     from transformers.utils import logging
 
+    from pathprune.serving import served
+
     logging.disable_progress_bar()
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        if served(name, fetch=True):  # a sentence encoder is used without the head that some checkpoints hold
+            kind = transformers.AutoModel
         model, found = kind.from_pretrained(name, output_loading_info=True)
         if found["missing_keys"]:  # a configuration that names a head, and weights without it
             model = transformers.AutoModel.from_pretrained(name)
@@ -655,7 +672,7 @@ def _given(data: Path, field: str, label_field: str, objective: ObjectiveName, m
 
 
 def _batches(
-    model: Any, source: str, given: _Given, batch_size: int | None, max_length: int | None
+    model: Any, source: str, given: _Given, batch_size: int | None, max_length: int | None, prefix: str | None
 ) -> Iterable[dict[str, Any]]:
     """A folder is images; a file is texts: full windows for a language model, else one padded line each."""
     from transformers import AutoImageProcessor, AutoTokenizer
@@ -677,7 +694,8 @@ def _batches(
     if given.texts is None:
         labels = _known_labels(model) if given.task else None
         return Images(data, reader, batch_size=batch_size or 16, max_bad=given.max_bad, labels=labels)
-    texts, tokenizer = given.texts.texts, reader
+    tokenizer = reader
+    texts = _as_served(source, given.texts.texts, tokenizer, prefix)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # what stands there is masked
     if model.can_generate() and not model.config.is_encoder_decoder:
@@ -692,6 +710,24 @@ def _batches(
     elif given.task:
         _label(batches, model, given)
     return batches
+
+
+def _as_served(source: str, texts: list[Any], tokenizer: Any, prefix: str | None) -> list[Any]:
+    """Texts as the model's users feed them: with what stands before them, and cut where the folder says."""
+    from pathprune.serving import served
+
+    use = served(source, fetch=True)
+    if use is not None:
+        prefix = use.prefix if prefix is None else prefix
+        tokenizer.model_max_length = min(tokenizer.model_max_length, use.max_length or tokenizer.model_max_length)
+        named = f" (its prompts: {', '.join(use.prompts)})" if use.prompts else ""
+        _say(f"as served: pooling {use.pooling}; --prefix {prefix!r}{named}")
+    if not isinstance(texts[0], str):
+        if prefix:
+            raise SettingError(f"--prefix {prefix!r} goes before texts; a conversation begins as its template says")
+        return texts
+    texts = [(prefix or "") + text for text in texts]
+    return [text.lower() for text in texts] if use is not None and use.lower_case else texts
 
 
 def _length(model: Any, texts: list[str], tokenizer: Any, asked: int | None) -> int:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.errors import DataError
+from pathprune.errors import DataError, SettingError
 from pathprune.reading import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from pathprune.reading import image_files
 from pathprune.reading import read_texts as read_texts
 
 Batch = dict[str, Tensor]
+Text = str | Sequence[Mapping[str, Any]]  # or a conversation: messages with role and content
 
 
 class Batches:
@@ -120,37 +121,65 @@ def check_moments(moment: Tensor, what: str) -> None:
         raise DataError(f"what {what} computes is not finite; check the data, or load the model in float32")
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128) -> list[Batch]:
+def tokenized(
+    texts: Sequence[Text], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128, prefix: str = ""
+) -> list[Batch]:
     """Batches of model inputs, each padded to its longest text.
 
     Args:
-        tokenizer: of ``transformers``.
+        texts: all of them texts, or all conversations, which the tokenizer's chat template writes out.
+        tokenizer: of ``transformers``; it puts special tokens and padding where the model expects them.
         max_length: in tokens; longer texts are cut.
+        prefix: what stands before every text where the model is used (``served``), such as ``"query: "``.
 
     Raises:
-        DataError: the tokenizer has no padding token, or does not know most of the words.
+        DataError: the tokenizer has no padding token, or does not know most of the words; a conversation is none, or
+            the tokenizer has no chat template.
     """
     if tokenizer.pad_token is None:
         raise DataError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
+    chat = len(texts) > 0 and not isinstance(texts[0], str)
+    options = {"add_special_tokens": False} if chat else {}  # a template writes them all
+    rows: list[Any] = list(texts)
+    rows = [chat_text(row, tokenizer) for row in rows] if chat else [prefix + row for row in rows]
     batches: list[Batch] = [
         dict(
             tokenizer(
-                list(texts[start : start + batch_size]),
+                rows[start : start + batch_size],
                 truncation=True,
                 max_length=max_length,
                 padding=True,
                 return_tensors="pt",
+                **options,
             )
         )
-        for start in range(0, len(texts), batch_size)
+        for start in range(0, len(rows), batch_size)
     ]
     _check_known([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches], tokenizer)
     return batches
 
 
-def token_lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:
+def chat_text(conversation: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """A conversation as the tokenizer's chat template writes it, with every special token; where the user has the last
+    word, up to where the model answers.
+
+    Raises:
+        DataError: it is no list of messages, or the tokenizer has no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(f"conversations need a chat template, and the {type(tokenizer).__name__} has none; pass texts")
+    if not conversation or not all(
+        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in conversation
+    ):
+        raise DataError('a conversation is a list of messages, {"role": "user", "content": "..."} each, and not empty')
+    asks = conversation[-1]["role"] != "assistant"
+    return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=asks))
+
+
+def token_lengths(texts: Sequence[Text], tokenizer: Any) -> list[int]:
     """Tokens of each of a thousand texts, spread over all, uncut; sorted."""
-    sample = list(texts[:: max(1, len(texts) // 1000)])
+    some = texts[:: max(1, len(texts) // 1000)]
+    sample = [text if isinstance(text, str) else chat_text(text, tokenizer) for text in some]
     return sorted(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"])
 
 
@@ -183,32 +212,60 @@ def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
         )
 
 
-def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
+def packed(texts: Iterable[Text], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
     """Batches of full windows, for language models: the texts in one row, each closed by the end-of-text token.
 
-    Nothing is padded and no token is wasted, and windows are as long as the text that such a model
-    will read, not as its lines. What is left over at the end is dropped.
+    Nothing is padded, and windows are as long as the text that such a model will read, not as its lines. Every window
+    begins as the tokenizer begins a text: one that is cut from the middle of a text gets the tokens which the tokenizer
+    puts first (Llama, Gemma, Mistral: one; Qwen, SmolLM2: none), because models that learned with such a token are far
+    from themselves without it. What is left over at the end is dropped.
 
     Args:
+        texts: or conversations, which the tokenizer's chat template writes out and closes.
         tokenizer: of ``transformers``.
         length: of a window, in tokens.
 
     Raises:
-        DataError: the texts do not fill one window, or the tokenizer does not know most of the words.
+        SettingError: a window holds no more than what the tokenizer puts first.
+        DataError: the texts do not fill one window, or the tokenizer does not know most of the words; a conversation
+            is none, or the tokenizer has no chat template.
     """
-    ids: list[int] = []
-    end = tokenizer.eos_token_id
+    begin = first_tokens(tokenizer)
+    if length <= len(begin):
+        raise SettingError(f"length={length} leaves no room for text: {len(begin)} tokens stand first in every window")
+    end, count = tokenizer.eos_token_id, 0
+    rows: list[list[int]] = []
+    row: list[int] = []
     for text in texts:
-        ids += tokenizer(text)["input_ids"]
-        if end is not None and ids and ids[-1] != end:
-            ids.append(end)
-    windows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).unflatten(0, (-1, length))
-    if not len(windows):
-        raise DataError(
-            f"the texts have {len(ids)} tokens, less than one window of {length}; pass more or a shorter one"
-        )
+        if isinstance(text, str):
+            ids = list(tokenizer(text)["input_ids"])
+            if end is not None and ids and ids[-1] != end:
+                ids.append(end)
+        else:
+            ids = list(tokenizer(chat_text(text, tokenizer), add_special_tokens=False)["input_ids"])
+        count, at = count + len(ids), 0
+        while at < len(ids):
+            if at and not row:
+                row = list(begin)
+            part = ids[at : at + length - len(row)]
+            row, at = row + part, at + len(part)
+            if len(row) == length:
+                rows.append(row)
+                row = []
+    if not rows:
+        raise DataError(f"the texts have {count} tokens, less than one window of {length}; pass more or a shorter one")
+    windows = torch.tensor(rows, dtype=torch.long)
     _check_known([windows.flatten()], tokenizer)
     return [{"input_ids": part} for part in windows.split(batch_size)]
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, such as a token for its beginning; empty for many."""
+    text = "a b"
+    plain, whole = (tokenizer(text, **options)["input_ids"] for options in ({"add_special_tokens": False}, {}))
+    places = range(len(whole) - len(plain) + 1)  # of the text in the whole; some tokenizers close it, too
+    place = min(places, key=lambda i: sum(a != b for a, b in zip(whole[i:], plain, strict=False)))
+    return list(whole[:place])
 
 
 class Images:
@@ -241,9 +298,10 @@ class Images:
     ) -> None:
         try:
             import PIL.Image
+            import PIL.ImageOps
         except ImportError as error:
             raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
-        self.open = PIL.Image.open
+        self.open, self.upright = PIL.Image.open, PIL.ImageOps.exif_transpose
         self.processor, self.batch_size, self.max_bad, self.labels = processor, batch_size, max_bad, labels
         self.files = image_files(folder)
         self.bad: dict[Path, str] = {}
@@ -277,7 +335,7 @@ class Images:
         """The image; None where it cannot be read."""
         try:
             with self.open(file) as image:
-                return image.convert("RGB")
+                return self.upright(image).convert("RGB")  # as the pipelines of transformers do
         except Exception as error:  # of any kind: Pillow has a reader for each format
             self.bad[file] = str(error).partition(f" {str(file)!r}")[0] or type(error).__name__
         if len(self.bad) > self.max_bad:

@@ -37,12 +37,12 @@ class Texts:
     """What was read of a file.
 
     Attributes:
-        texts: none of them empty.
+        texts: none of them empty; all of them strings, or all conversations: lists of messages with role and content.
         labels: one for each text, where they were asked for.
         summary: one line that says what was read, from where, and what was left out.
     """
 
-    texts: list[str]
+    texts: list[Any]
     labels: list[Any] | None
     summary: str
 
@@ -198,16 +198,26 @@ def _is_json(content: str) -> bool:
 
 
 def _texts(path: Path, rows: list[Any], field: str, label_field: str | None, where: str) -> Texts:
-    texts: list[str] = []
+    texts: list[Any] = []
     labels: list[Any] = []
     for number, row in enumerate(rows, start=1):
         text = row.get(field) if isinstance(row, Mapping) else row
-        if text is None or (isinstance(text, str) and not text.strip()):
+        if text is None or text == [] or (isinstance(text, str) and not text.strip()):
             continue
-        if not isinstance(text, str):
-            raise DataError(f"{path}, text {number:,}: {field!r} is a {type(text).__name__} and not a string")
+        chat = isinstance(text, list) and all(
+            isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in text
+        )
+        if not isinstance(text, str) and not chat:
+            raise DataError(
+                f"{path}, text {number:,}: {field!r} is a {type(text).__name__} and not a string, nor a conversation: "
+                "a list of messages with role and content"
+            )
+        if texts and type(text) is not type(texts[0]):
+            raise DataError(
+                f"{path}, text {number:,}: {field!r} holds texts and conversations; put them into two files"
+            )
         try:
-            text.encode()
+            json.dumps(text, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise DataError(f"{path}, text {number:,}, has half a surrogate pair, which is no character") from None
         texts.append(text)
@@ -223,7 +233,8 @@ def _texts(path: Path, rows: list[Any], field: str, label_field: str | None, whe
         raise DataError(f"{path} is empty: it holds no text. {NEEDED[0].upper()}{NEEDED[1:]}")
     beside = "" if label_field is None else f", labels from {label_field!r}"
     left_out = f" ({empty:,} empty {'one' if empty == 1 else 'ones'} left out)" if empty else ""
-    count = f"{len(texts):,} text{'' if len(texts) == 1 else 's'}"
+    what = "text" if isinstance(texts[0], str) else "conversation"
+    count = f"{len(texts):,} {what}{'' if len(texts) == 1 else 's'}"
     summary = f"read {count} from {path.name}, {where}{beside}{left_out}"
     return Texts(texts, None if label_field is None else labels, summary)
 
