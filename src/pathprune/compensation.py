@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from pathprune.data import Batch, Batches, check_moments
 from pathprune.errors import DataError, MismatchError
-from pathprune.modes import evaluating
+from pathprune.modes import eager, evaluating
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair
 
@@ -110,7 +110,7 @@ def gather(
     hooks = {pair.name: _Hook(pair, basis.get(pair.name)) for pair in pairs if pair.fillable}
     handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eager(model), evaluating(model):
             hidden = None if progress is None else not progress
             first = islice(batches.once(), count)
             for batch in tqdm(first, desc="statistics", unit="batch", disable=hidden, leave=False):

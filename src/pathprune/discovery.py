@@ -23,10 +23,11 @@ from torch.utils import _pytree as pytree
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
-from pathprune.modes import evaluating
+from pathprune.modes import eager, evaluating
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, in_caches, prove
 from pathprune.shapes import Map, attention_of, features, is_map
+from pathprune.wrapped import check_bare
 
 # Configuration entries that say how a model was loaded or saved, not what it computes.
 VOLATILE = frozenset(
@@ -62,6 +63,7 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
     Raises:
         UnsupportedModelError: no pair was found or proved; the message says what was found.
     """
+    _check_present(model)
     if any(
         getattr(owner, name, None) is not None
         for owner, name in ((getattr(model, "config", None), "quantization_config"), (model, "pathprune"))
@@ -69,7 +71,6 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
-    _check_present(model)
     batch = dict(inputs) if inputs is not None else example_inputs(model)
     for name, mask in batch.items():
         if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
@@ -77,7 +78,7 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters or (getattr(model, "can_generate", bool)() and "kwargs" in parameters):
         batch.setdefault("use_cache", False)  # a cache would grow from one run of a block to the next
-    with evaluating(model):
+    with eager(model), evaluating(model):
         count = _Count(model, batch)
         candidates, refused = propose(model, count.order)
         if not candidates:
@@ -240,11 +241,17 @@ def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> N
 
 
 def _check_present(model: nn.Module) -> None:
-    """Refuse a model whose weights are elsewhere.
+    """Refuse a model that is inside another, and one whose weights are elsewhere or cannot be worked with.
 
     Raises:
-        UnsupportedModelError: they are on the meta device.
+        UnsupportedModelError: it is one of these; the message says what to pass instead.
     """
+    check_bare(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"the {type(model).__name__} was built under torch.inference_mode(), so that nothing can be learned about "
+            "its weights; build or load it outside, or pass copy.deepcopy(model), made outside"
+        )
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UnsupportedModelError(
             f"{len(absent)} parameters of the {type(model).__name__} are on the meta device ({absent[0]}): it was "

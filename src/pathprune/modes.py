@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """What was compiled of the model runs as it was written: compiled code passes over hooks that came after it."""
+    compiled = any(map(_compiled, model.modules()))
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy without what was compiled, which would still call the original."""
+    other = copy.deepcopy(model, memo)
+    for module in other.modules():
+        for name in _compiled(module):
+            delattr(module, name)
+    return other
+
+
+def _compiled(module: nn.Module) -> list[str]:
+    """Attributes that are compiled calls: of ``Module.compile``, of ``torch.compile(model.forward)``, and that of
+    transformers' ``generate``.
+    """
+    return [name for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")]
 
 
 @contextmanager

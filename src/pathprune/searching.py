@@ -24,7 +24,7 @@ from pathprune.discovery import find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
-from pathprune.modes import caching, evaluating, mixed, seeded
+from pathprune.modes import caching, eager, evaluating, mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
 from pathprune.order import UNITS, Unit
 from pathprune.outputs import samples
@@ -518,7 +518,7 @@ def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> i
     module = model.get_submodule(pair.mask_slot.module)
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager(model):
             model(**batch)
     finally:
         handle.remove()

@@ -39,6 +39,7 @@ SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root o
 SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
 
 Map = nn.Linear | Conv1D
+FORWARDS = (nn.Linear.forward, Conv1D.forward)
 Record = dict[str, Any]
 
 
@@ -132,6 +133,13 @@ class _RotaryColumns:
 def is_map(module: nn.Module) -> bool:
     """Whether a module is a linear map of one vector."""
     return isinstance(module, Map)
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a map's forward is the one of its kind, and not that of a subclass or of the object alone."""
+    forward = vars(module).get("_old_forward", module.forward)  # of accelerate, which moves inputs to a device first
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return getattr(forward, "__func__", None) in FORWARDS or type(module).__name__ == "FalconLinear"  # which says x W^T + b
 
 
 def features(module: Map) -> tuple[int, int]:
