@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.errors import DataError
+from pathprune.limits import Limits
+from pathprune.wrapped import inside
 
 Batch = dict[str, Tensor]
 
@@ -32,19 +34,29 @@ class Batches:
 
     Raises:
         DataError: the data is empty or can be iterated only once, or its first batch is not a
-            mapping of tensors that the model takes.
+            mapping of tensors that the model takes and can look up.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Mapping[str, Tensor]]) -> None:
+        if isinstance(data, Mapping):
+            raise DataError(f"data is one batch, a {type(data).__name__}; pass a list of batches: [data]")
+        if hasattr(data, "column_names") and hasattr(data, "with_format"):  # of the library datasets
+            raise DataError(
+                f"data is a {type(data).__name__} of rows, not of batches; pass "
+                'torch.utils.data.DataLoader(data.with_format("torch", columns=[...]), batch_size=16), the columns '
+                "being the model's inputs, with a collate_fn that pads where rows are of several lengths "
+                "(transformers.DataCollatorWithPadding)"
+            )
         if iter(data) is data:
             raise DataError(
                 f"data is a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"
             )
+        bare = inside(model)
         self.data = data
         self.device = next(model.parameters()).device
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(bare.forward).parameters.values()
         self.accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.model = type(model).__name__
+        self.model, self.limits = type(bare).__name__, Limits(bare)
         for batch in data:
             self._check(batch)
             self.first = placed(batch, self.device)
@@ -53,14 +65,19 @@ class Batches:
 
     def _check(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
-            raise DataError(f"a batch is a {type(batch).__name__}; each must be a dict of model inputs")
+            raise DataError(
+                f"a batch is a {type(batch).__name__}; each must be a dict of model inputs, as a tokenizer or an image "
+                "processor gives them"
+            )
         if not batch or (unknown := sorted(set(batch) - self.accepted)):
             raise DataError(
                 f"{self.model} does not take {', '.join(unknown) if batch else 'an empty batch'}; "
-                f"it takes {', '.join(sorted(self.accepted))}"
+                f"it takes {', '.join(sorted(self.accepted))}. Leave out of the batches what the model does not read "
+                "(of a dataset, by remove_columns)"
             )
         if wrong := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
             raise DataError(f"{wrong[0]} is a {type(batch[wrong[0]]).__name__}; every model input must be a tensor")
+        self.limits.check(batch)
         for key, value in batch.items():
             if value.is_floating_point() and value.isnan().any():
                 raise DataError(f"{key} has values that are not a number; leave such samples out")

@@ -20,7 +20,7 @@ from pathprune.basis import Calibration, calibrate, sensitivity
 from pathprune.budget import Budget
 from pathprune.compensation import compensators, gather, untold
 from pathprune.data import Batches, check_finite
-from pathprune.discovery import find_pairs
+from pathprune.discovery import _check_present, find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
 from pathprune.errors import ArtifactError, DataError, MismatchError
 from pathprune.masks import attach_masks
@@ -182,6 +182,7 @@ def search(
     config = SearchConfig(dynamics=dynamics, steps=steps, seed=seed, **settings)
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
+    _check_present(model)
     device = next(model.parameters()).device
     with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
         batches = Batches(model, data)

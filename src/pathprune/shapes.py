@@ -139,7 +139,8 @@ def computes_linear(module: nn.Module) -> bool:
     """Whether a map's forward is the one of its kind, and not that of a subclass or of the object alone."""
     forward = vars(module).get("_old_forward", module.forward)  # of accelerate, which moves inputs to a device first
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return getattr(forward, "__func__", None) in FORWARDS or type(module).__name__ == "FalconLinear"  # which says x W^T + b
+    # Falcon's own class says x W^T + b in other words.
+    return getattr(forward, "__func__", None) in FORWARDS or type(module).__name__ == "FalconLinear"
 
 
 def features(module: Map) -> tuple[int, int]:
