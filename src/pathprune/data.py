@@ -77,12 +77,12 @@ class Batches:
             )
         if wrong := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
             raise DataError(f"{wrong[0]} is a {type(batch[wrong[0]]).__name__}; every model input must be a tensor")
-        self.limits.check(batch)
         for key, value in batch.items():
             if value.is_floating_point() and value.isnan().any():
                 raise DataError(f"{key} has values that are not a number; leave such samples out")
             if not value.numel() or (key == "attention_mask" and value.dim() == 2 and not value.any()):
                 raise DataError(f"{key} of a batch, of shape {tuple(value.shape)}, has no sample or no real token")
+        self.limits.check(batch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end."""
