@@ -88,12 +88,15 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 f"{_reasons(refused)}See docs/architectures.md for what is supported"
             )
         found: dict[int, list[Pair]] = {}
-        groups, calls, shared = _capture(model, batch, candidates)
+        groups, calls, shared, astray = _capture(model, batch, candidates)
         for fewer in (True, False):
             for alike in groups:
                 first = next((candidate for candidate in alike if candidate.block in calls), None)
                 if first is None or any(m not in count.positions for m in first.modules):
                     refused |= {candidate.block: "the forward pass of the input never called it" for candidate in alike}
+                    continue
+                if outside := [(one, m) for one in alike for m in sorted(one.modules & astray)]:
+                    refused |= {one.block: f"{m} is called from outside of it, too" for one, m in outside}
                     continue
                 inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
                 columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
@@ -345,10 +348,10 @@ def run_once(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 def _capture(
     model: nn.Module, batch: Mapping[str, Any], candidates: list[Candidate]
-) -> tuple[list[list[Candidate]], dict[str, Call], bool]:
+) -> tuple[list[list[Candidate]], dict[str, Call], bool, set[str]]:
     """Candidates that need one proof, because they differ in nothing but their weights and the values that they
     are called with; the arguments of one block and attention of each such group, as they were before the call;
-    and whether layers share what they leave in a cache.
+    whether layers share what they leave in a cache; and maps that are called while their block is not running.
     """
     alike = {}
     for candidate in candidates:
@@ -363,10 +366,13 @@ def _capture(
     calls: dict[str, Call] = {}
     held: dict[str, set[int]] = {}
     shared = False
+    running: dict[str, int] = dict.fromkeys(watched, 0)
+    astray: set[str] = set()
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             held[name] = in_caches((args, kwargs))
+            running[name] += 1
             if name in forms:
                 return
             leaves, tree = pytree.tree_flatten((args, kwargs))
@@ -381,8 +387,16 @@ def _capture(
     def compare(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal shared  # unless the layer was the first that wrote where it wrote, and will be the last
+            running[name] -= 1
             after = in_caches((args, kwargs))
             shared = shared or (bool(after) and after == held[name])
+
+        return hook
+
+    def called(name: str, block: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not running[block]:
+                astray.add(name)
 
         return hook
 
@@ -391,6 +405,9 @@ def _capture(
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(remember(name), with_kwargs=True))
         handles.append(module.register_forward_hook(compare(name), with_kwargs=True))
+    for candidate in candidates:
+        for name in candidate.modules:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(called(name, candidate.block)))
     try:
         run_once(model, batch)
     finally:
@@ -400,7 +417,7 @@ def _capture(
     for candidate in candidates:
         block, attention = candidate.block, attention_of(model, candidate.choices[0][0])
         groups.setdefault((alike[id(candidate)], forms.get(block), forms.get(attention)), []).append(candidate)
-    return list(groups.values()), calls, shared
+    return list(groups.values()), calls, shared, astray
 
 
 def _inside(pair: Pair) -> Pair:

@@ -121,6 +121,9 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
                 continue
             if candidate is None or candidate.modules & claimed:
                 continue
+            if held := sorted(m for m in candidate.modules if m not in modules):
+                refused[candidate.block] = f"{held[0]} is a map of another sublayer, too"
+                continue
             if tied := sorted(m for m in candidate.modules if _parameters(modules[m]) & shared):
                 refused[candidate.block] = f"{tied[0]} shares its weight with another module"
                 continue
