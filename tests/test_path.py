@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import ArtifactError, MismatchError, SettingError
 from pathprune.pairs import PairList
 from pathprune.path import FORMAT, SolutionPath
 from strategies import attention_pairs, mlp_pair, pair_list, paths
@@ -128,10 +128,12 @@ def test_outputs_that_do_not_fit_are_refused(pairs: PairList, fill: Any, output:
         ({"multiple": 2.5}, r"multiple=2.5"),
         ({"seq_len": 0}, r"seq_len=0"),
         ({"seq_len": float("nan")}, r"seq_len=nan"),
+        ({"seq_len": 2**31}, r"seq_len=2147483648 must be an integer from 1 to"),
+        ({"multiple": 10**30}, rf"multiple={10**30} must be an integer from 1 to"),
     ],
 )
 def test_settings_are_checked(pairs: PairList, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(MismatchError, match=message):
+    with pytest.raises(SettingError, match=message):
         SolutionPath.from_scores(pairs, ones(pairs), **settings)
 
 

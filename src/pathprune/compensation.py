@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pathprune.data import Batch, Batches, check_moments
-from pathprune.errors import DataError, MismatchError
+from pathprune.errors import MismatchError, SettingError
 from pathprune.modes import eager, evaluating
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair
@@ -71,6 +71,7 @@ def compensate(
     Raises:
         MismatchError: the path is of another model, or of one whose units are sorted.
         DataError: empty data, wrong keys, or activations that are not finite.
+        SettingError: ``count`` is not positive.
     """
     from pathprune.discovery import check_base
 
@@ -80,7 +81,7 @@ def compensate(
             "search, then sort_units or elastic"
         )
     if count < 1:
-        raise DataError(f"count={count} must be positive")
+        raise SettingError(f"count={count} must be positive")
     check_base(model, path.pairs)
     centre, covariance = gather(model, path.pairs, Batches(model, data), path.basis, count=count, progress=progress)
     means = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.errors import DataError
+from pathprune.errors import DataError, PathpruneError
 from pathprune.limits import Limits
 from pathprune.wrapped import inside
 
@@ -240,14 +240,15 @@ class Images:
         processor: an image processor of ``transformers``, which scales and normalises as the model expects.
 
     Raises:
-        DataError: there is no image, or Pillow is not installed.
+        DataError: there is no image.
+        PathpruneError: Pillow is not installed.
     """
 
     def __init__(self, folder: str | Path, processor: Any, *, batch_size: int = 16) -> None:
         try:
             import PIL.Image
         except ImportError as error:
-            raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
+            raise PathpruneError("images are read with Pillow, which is not installed; pip install pillow") from error
         self.open = PIL.Image.open
         self.processor, self.batch_size = processor, batch_size
         self.files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)

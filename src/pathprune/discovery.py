@@ -24,6 +24,7 @@ from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
 from pathprune.modes import eager, evaluating
+from pathprune.outputs import samples
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, in_caches, prove
 from pathprune.shapes import Map, attention_of, features, is_map
@@ -291,7 +292,7 @@ class _Count:
         finally:
             for handle in handles:
                 handle.remove()
-        self.sequences = len(next(x for x in batch.values() if isinstance(x, Tensor)))
+        self.sequences = samples({name: x for name, x in batch.items() if isinstance(x, Tensor)})
         self.tokens = max((positions for positions, _ in self.macs), default=1)
 
     def _map(self, name: str) -> Any:

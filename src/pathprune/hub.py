@@ -33,6 +33,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pathprune.artifact import named_folder
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.experts import check_experts
@@ -235,7 +236,13 @@ def save_model(
         if beside is not None:
             shutil.copytree(beside, part, ignore=_not_beside(Path(beside)), dirs_exist_ok=True)
         if _of_transformers(model):
-            model.save_pretrained(part)
+            try:
+                model.save_pretrained(part)
+            except RuntimeError as error:  # of weights that two modules hold, undeclared
+                raise ArtifactError(
+                    f"transformers cannot save the {type(model).__name__}: {str(error)[:200]}. A layer that the model "
+                    "holds twice belongs into its _tied_weights_keys; or give each place a copy, by copy.deepcopy"
+                ) from error
         else:
             safetensors.torch.save_model(model, str(part / WEIGHTS))
             (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
@@ -271,7 +278,7 @@ def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str])
     Raises:
         ArtifactError: it holds something that is not a model, or is one of the sources.
     """
-    folder = Path(folder).resolve()
+    folder = named_folder(folder).resolve()
     if any(Path(source).resolve() == folder for source in sources):
         raise ArtifactError(
             f"{folder} is the model that this one was made from, and would be lost; choose another --out"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathprune.errors import DataError
+from pathprune.errors import DataError, SettingError
 from pathprune.modes import caching, evaluating
 from pathprune.outputs import Batch, last_hidden, pooled, real_tokens, samples, towers
 
@@ -190,7 +190,8 @@ def get_objective(
         encoder: see ``auto``.
 
     Raises:
-        DataError: there is no such objective, or ``auto`` finds none for the model.
+        SettingError: there is no such objective.
+        DataError: ``auto`` finds none for the model.
     """
     if not isinstance(objective, str):
         return objective
@@ -206,7 +207,7 @@ def get_objective(
             return LogitsObjective(_config(model, "problem_type") == "multi_label_classification")
         case "task":
             return TaskObjective()
-    raise DataError(f"objective={objective!r} is not one of auto, embedding, hidden, logits, task")
+    raise SettingError(f"objective={objective!r} is not one of auto, embedding, hidden, logits, task")
 
 
 def auto(model: nn.Module, outputs: Any, *, encoder: str = "embedding") -> str:
@@ -286,7 +287,7 @@ class Targets:
     def __call__(self, batch: Batch) -> Tensor:
         if isinstance(self.objective, TaskObjective):  # the labels are the target
             return torch.empty(0)
-        key = self._key(batch)
+        key = self.key(batch)
         if key in self.known:
             return self.known[key]
         with torch.no_grad():
@@ -294,12 +295,13 @@ class Targets:
 
     def remember(self, batch: Batch, outputs: Any) -> None:
         """Take the target from what the dense model was seen to put out."""
-        key = self._key(batch)
+        key = self.key(batch)
         if key not in self.known:
             self._keep(key, self.objective.target(outputs, batch))
 
     @staticmethod
-    def _key(batch: Batch) -> bytes:
+    def key(batch: Batch) -> bytes:
+        """SHA-256 of a batch's content."""
         digest = hashlib.sha256()
         for name in sorted(batch):
             data = batch[name].detach().cpu().contiguous()
