@@ -309,6 +309,14 @@ class PairList(list[Pair]):
         self.base = base
         self.refused = dict(refused or {})
 
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and (not isinstance(other, PairList) or self.base == other.base)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # as of any list
+
     @property
     def prunable_params(self) -> int:
         """Parameters that belong to some pair."""

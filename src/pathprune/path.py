@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pathprune import __version__
 from pathprune.artifact import read_artifact, write_artifact
-from pathprune.budget import Budget, Selection, select
+from pathprune.budget import Budget, Selection, same, select
 from pathprune.errors import ArtifactError, MismatchError, SettingError
 from pathprune.order import Order, Unit, check_widths, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
@@ -40,7 +40,7 @@ ARRAYS = {
 Floats = npt.NDArray[np.floating]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """What a search did, step by step, over S steps and P pairs.
 
@@ -54,8 +54,14 @@ class Trajectory:
     level: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     gamma_l1: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, Trajectory) else NotImplemented
 
-@dataclass(frozen=True)
+    def __hash__(self) -> int:
+        return hash((np.shape(self.loss), np.shape(self.gamma_l1)))
+
+
+@dataclass(frozen=True, eq=False)
 class SolutionPath:
     """A ranking of every unit, and with it a model of every size.
 
@@ -161,6 +167,12 @@ class SolutionPath:
                 if pair.name in getattr(self, part):
                     shape = (*self.centre[pair.name].shape, pair.consumer.size)
                     check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], shape)
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, SolutionPath) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.pairs.base, tuple(self.pairs), self.unit, self.multiple, self.seq_len))
 
     @classmethod
     def from_scores(
