@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,13 @@ def test_bad_images_are_refused(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_text("not a picture")
     with pytest.raises(pp.DataError, match=r"cannot read the image .*broken\.png"):
         list(Images(tmp_path, processor()))
+
+
+def test_a_missing_pillow_is_no_fault_of_the_data(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(pp.PathpruneError, match=r"Pillow, which is not installed; pip install pillow") as error:
+        Images(pictures, None)
+    assert not isinstance(error.value, pp.DataError)
 
 
 def test_an_image_model_goes_all_the_way(pictures: Path) -> None:

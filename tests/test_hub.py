@@ -519,3 +519,13 @@ def test_maps_that_a_model_holds_in_two_places_change_in_both(tmp_path: Path) ->
     loaded = load_model(Listed(), tmp_path / "small")
     assert torch.equal(loaded(**inputs), small(**inputs))
     assert not torch.equal(small(**inputs), model(**inputs))
+
+
+def test_a_layer_that_is_held_twice_is_not_saved_by_halves(tmp_path: Path) -> None:
+    dense = tiny_model("bert")
+    dense.again = dense.bert.encoder.layer[0]
+    pairs = find_pairs(dense)
+    small = slice_model(dense, selection_of(pairs, "uneven"))
+    with pytest.raises(ArtifactError, match=r"cannot save the BertForMaskedLM: .* holds twice .* by copy\.deepcopy"):
+        save_model(small, tmp_path / "small")
+    assert not list(tmp_path.iterdir())

@@ -459,3 +459,8 @@ def test_data_without_content_is_refused(later: bool) -> None:
     pictures[later]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(pp.DataError, match="pixel_values has values that are not a number"):
         pp.search(vit, pictures, steps=12, progress=False)
+
+
+def test_a_model_without_weights_is_refused_before_it_runs() -> None:
+    with pytest.raises(pp.UnsupportedModelError, match="are on the meta device"):
+        run(tiny_bert().to("meta"))

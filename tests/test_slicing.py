@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Subject, run_model, snapshot, tiny_model
+from conftest import Subject, run_model, snapshot, tiny_inputs, tiny_model
 from pathprune.budget import Selection
 from pathprune.discovery import find_pairs
-from pathprune.errors import MismatchError
+from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import masked
 from pathprune.shapes import Padding
 from pathprune.slicing import slice_model
@@ -214,3 +214,18 @@ def test_a_padded_map_is_a_small_map_between_zeros(side: str) -> None:
     else:
         torch.testing.assert_close(got[:, real], nn.functional.linear(x, linear.weight, linear.bias))
         assert (np.delete(got.detach().numpy(), real, axis=1) == 0).all()
+
+
+@pytest.mark.parametrize("case", ["uneven", "fewer heads", "no attention"])
+def test_a_static_cache_is_filled_by_chunks(case: str) -> None:
+    dense = tiny_model("llama").float()
+    dense.generation_config.pad_token_id = 0
+    small: Any = slice_model(dense, selection_of(find_pairs(dense), case))
+    inputs = {"input_ids": tiny_inputs(length=9)["input_ids"], "max_new_tokens": 5, "do_sample": False}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    expected = small.generate(**inputs, use_cache=False)
+    for model in (small, copy.deepcopy(small)):
+        got = model.generate(**inputs, cache_implementation="static", prefill_chunk_size=4)
+        assert torch.equal(got, expected)
+    with pytest.raises(UnsupportedModelError, match=r"continuous batching .* generates by generate\(\)"):
+        small.init_continuous_batching()

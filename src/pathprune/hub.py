@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pathprune.artifact import named_folder
 from pathprune.budget import Selection
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.experts import check_experts
 from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_modules
 
@@ -160,6 +160,10 @@ def _attach(model: Any, config: PathpruneConfig) -> None:
         if not _of_transformers(part) or id(part.config) in owners:
             continue
         owners.add(id(part.config))
+        # Heads are counted in the configuration, where they are those of the dense model.
+        vars(part)["_get_static_cache_init_shape"] = _unknown
+        if config.record["attributes"]:
+            vars(part)["init_continuous_batching"] = _no_pages
         record = {
             entry: {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
             for entry, values in config.record.items()
@@ -168,6 +172,18 @@ def _attach(model: Any, config: PathpruneConfig) -> None:
             part.config.quantization_config = config
         elif any(record.values()):
             part.config.quantization_config = PathpruneConfig(record)
+
+
+def _unknown() -> None:
+    """What transformers takes for a static cache that gets its shapes from the first keys."""
+
+
+def _no_pages(*args: Any, **kwargs: Any) -> None:
+    """In place of transformers' own, which gives every request an error inside and no tokens."""
+    raise UnsupportedModelError(
+        "continuous batching makes its cache for the heads that the configuration names, which are the dense model's; "
+        "a sliced model generates by generate()"
+    )
 
 
 def own_names(model: nn.Module) -> None:
