@@ -53,6 +53,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         r"token_type_ids has the value 11; the model knows 0 to 1\. Leave them out where the tokenizer gives none",
     ),
     (lambda: tiny_batches(1)[0], r"data is one batch, a dict; pass a list of batches: \[data\]"),
+    (lambda: None, "data is a NoneType; it must be a list of batches or a DataLoader"),
     (lambda: ["a text"], r"a batch is a str; each must be a dict of model inputs, as a tokenizer .* gives them"),
     (
         lambda: [{**tiny_batches(1)[0], "text": ["a", "b"], "label": torch.zeros(4)}],
@@ -67,6 +68,13 @@ def test_what_the_model_cannot_read_is_refused_before_it_runs(data: Callable[[],
     for run in (lambda: pp.search(tiny_bert(), data(), steps=3), lambda: list(Batches(tiny_bert(), data()).once())):
         with pytest.raises(pp.DataError, match=message):
             run()
+
+
+def test_inputs_of_find_pairs_are_checked_alike() -> None:
+    with pytest.raises(pp.DataError, match=r"input_ids has the value 99"):
+        pp.find_pairs(tiny_bert(), {"input_ids": ids(5, 99)})
+    with pytest.raises(pp.DataError, match=r"inputs is a list; it must be a dict of model inputs"):
+        pp.find_pairs(tiny_bert(), tiny_batches())  # type: ignore[arg-type]
 
 
 def test_later_batches_are_checked_too() -> None:

@@ -162,6 +162,10 @@ def made_for_inference(model: Any) -> Any:
         return tiny_bert()
 
 
+def of_nothing(model: Any) -> Any:
+    return nn.Identity()
+
+
 REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (of_peft, r"a PeftModel holds a model .* pass model\.merge_and_unload\(\)"),
     (lambda model: of_peft(model).get_base_model(), r"query is a Linear, an adapter of PEFT .* merge_and_unload\(\)"),
@@ -172,6 +176,7 @@ REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (traced, r"the model is a \w+, scripted or traced, which no hook reaches; pass the original model"),
     (with_a_traced_map, r"encoder\.layer\.1\.output\.dense is a \w+, scripted or traced"),
     (with_a_wrapped_layer, r"encoder\.layer\.0 is a OptimizedModule, made by torch\.compile; .* by \.compile\(\)"),
+    (of_nothing, "the Identity has no parameters"),
     (made_for_inference, r"built under torch\.inference_mode\(\).* copy\.deepcopy\(model\)"),
 ]
 

@@ -47,6 +47,8 @@ class Batches:
                 "being the model's inputs, with a collate_fn that pads where rows are of several lengths "
                 "(transformers.DataCollatorWithPadding)"
             )
+        if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+            raise DataError(f"data is a {type(data).__name__}; it must be a list of batches or a DataLoader")
         if iter(data) is data:
             raise DataError(
                 f"data is a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pathprune.errors import MismatchError, UnsupportedModelError
+from pathprune.errors import DataError, MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
+from pathprune.limits import Limits
 from pathprune.modes import eager, evaluating
 from pathprune.outputs import samples
 from pathprune.pairs import BaseModel, Pair, PairList
@@ -63,6 +64,7 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
 
     Raises:
         UnsupportedModelError: no pair was found or proved; the message says what was found.
+        DataError: the model cannot read ``inputs``.
     """
     _check_present(model)
     if any(
@@ -72,7 +74,13 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
-    batch = dict(inputs) if inputs is not None else example_inputs(model)
+    if inputs is None:
+        batch = example_inputs(model)
+    elif isinstance(inputs, Mapping):
+        batch = dict(inputs)
+        Limits(model).check({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+    else:
+        raise DataError(f"inputs is a {type(inputs).__name__}; it must be a dict of model inputs")
     for name, mask in batch.items():
         if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
             batch[name] = torch.ones_like(mask)  # what padding attends to means nothing, and would disprove a fill

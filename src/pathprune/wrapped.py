@@ -40,7 +40,7 @@ def inside(model: nn.Module) -> nn.Module:
     while (found := _wrapper(model)) in TRANSPARENT:
         held = getattr(model, TRANSPARENT[found])
         model = held if isinstance(held, nn.Module) else held()
-    if found or not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    if found or not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule) or _empty(model):
         check_bare(model)
     return model
 
@@ -61,6 +61,8 @@ def check_bare(model: Any) -> None:
         raise UnsupportedModelError(
             f"a {type(model).__name__} holds a model and is none that can be pruned; pass {WRAPPERS[found]}"
         )
+    if _empty(model):
+        raise UnsupportedModelError(f"the {type(model).__name__} has no parameters; nothing of it can be pruned")
     for name, part in model.named_modules():
         where = f"{name or 'the model'} is a {type(part).__name__}"
         if isinstance(part, torch.jit.ScriptModule):
@@ -74,6 +76,10 @@ def check_bare(model: Any) -> None:
                 f"{where}, an adapter of PEFT over a linear map; merge the adapters into the weights first, by "
                 "merge_and_unload() of the PeftModel, and pass the model that this returns"
             )
+
+
+def _empty(model: nn.Module) -> bool:
+    return next(model.parameters(), None) is None
 
 
 def _wrapper(module: Any) -> str:
