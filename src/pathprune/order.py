@@ -62,7 +62,7 @@ def check_widths(unit: str, multiple: int) -> None:
     if unit not in UNITS:
         raise SettingError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
     if isinstance(multiple, bool) or not isinstance(multiple, int) or not 1 <= multiple < 2**31:
-        raise SettingError(f"multiple={multiple!r} must be an integer from 1 to 2**31 - 1")
+        raise SettingError(f"multiple={multiple!r} must be at least 1, and an integer below 2**31")
 
 
 def removal_order(

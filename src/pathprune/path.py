@@ -112,7 +112,7 @@ class SolutionPath:
     def __post_init__(self) -> None:
         check_widths(self.unit, self.multiple)
         if isinstance(self.seq_len, bool) or not isinstance(self.seq_len, int) or not 1 <= self.seq_len < 2**31:
-            raise SettingError(f"seq_len={self.seq_len!r} must be an integer from 1 to 2**31 - 1")
+            raise SettingError(f"seq_len={self.seq_len!r} must be at least 1, and an integer below 2**31")
         if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
             raise SettingError("config and versions must be dicts")
         names = {pair.name for pair in self.pairs}
