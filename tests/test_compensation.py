@@ -299,7 +299,7 @@ def test_what_loses_nothing_is_as_it_was() -> None:
 def test_bad_input_is_refused() -> None:
     model, other = tiny_bert(), tiny_bert(seed=1)
     path = random_path(model, fill=True, basis=True)
-    with pytest.raises(pp.DataError, match="count=0"):
+    with pytest.raises(pp.SettingError, match="count=0"):
         pp.compensate(model, path, tiny_batches(), count=0)
     with pytest.raises(pp.DataError, match="data is empty"):
         pp.compensate(model, path, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,13 @@ def test_texts_are_cut_where_nearly_all_end() -> None:
     assert fitting_length(lengths) == 512
     assert fitting_length([3]) == 8
     assert fitting_length([30] * 19 + [100]) == 32
+
+
+def test_a_missing_pillow_is_no_fault_of_the_data(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(pp.PathpruneError, match=r"Pillow, which is not installed; pip install pillow") as error:
+        Images(pictures, None)
+    assert not isinstance(error.value, pp.DataError)
 
 
 def test_an_image_model_goes_all_the_way(pictures: Path) -> None:

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs
+from helpers import tiny_batches, tiny_bert
+from pathprune.budget import Budget
 from pathprune.discovery import check_base, find_pairs
 from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import masked
 from pathprune.pairs import Pair, PairList
+from pathprune.path import SolutionPath
 from pathprune.slicing import slice_model
 from strategies import selection_of
 
@@ -373,3 +376,34 @@ def test_pairs_of_modules_that_are_not_there_are_refused(subject: Subject) -> No
     altered = PairList([replace(first, slots=slots), *subject.pairs[1:]], subject.pairs.base)
     with pytest.raises(MismatchError, match=r"names encoder\.absent, which the model has not"):
         check_base(subject.model, altered)
+
+
+def test_sequences_are_not_counted_by_positions_that_all_share() -> None:
+    model, batch = tiny_bert(), tiny_batches(1)[0]
+    expected = find_pairs(model, batch).base
+    assert expected.macs_per_sequence == 32 * 32  # the pooler's
+    assert find_pairs(model, {"position_ids": torch.arange(7)[None], **batch}).base == expected
+
+
+@pytest.mark.parametrize("part", ["intermediate", "intermediate.dense", "attention.self", "attention.self.query"])
+def test_a_map_of_two_sublayers_is_refused(part: str) -> None:
+    model = tiny_bert()
+    first, second = model.encoder.layer
+    holder, _, child = part.rpartition(".")
+    setattr(second.get_submodule(holder), child, first.get_submodule(part))
+    pairs = find_pairs(model)
+    kind = "mlp" if part.startswith("intermediate") else "qk"
+    assert pairs
+    assert not [pair.name for pair in pairs if pair.kind == kind]
+    assert any(reason.endswith("is called from outside of it, too") for reason in pairs.refused.values())
+    scores = {pair.name: torch.rand(*pair.shape) for pair in pairs}
+    selection = SolutionPath.from_scores(pairs, scores).select(Budget(keep=0.5))
+    small, batch = slice_model(model, selection), tiny_batches(1)[0]
+    with torch.no_grad(), masked(model, selection):
+        assert torch.allclose(small(**batch)[0], model(**batch)[0], atol=1e-4)
+
+
+def test_a_whole_attention_may_be_held_twice() -> None:
+    model = tiny_bert()
+    model.encoder.layer[1].attention = model.encoder.layer[0].attention
+    assert [pair.calls for pair in find_pairs(model) if pair.kind != "mlp"] == [2, 2]

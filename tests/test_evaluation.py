@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,30 @@ def test_latency_tells_slow_from_fast() -> None:
 
     fast, slow = latency([Repeat(1), Repeat(20)], {"x": torch.rand(128, 128)}, seconds=0.1)
     assert slow > 3 * fast > 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "xpu"])
+def test_latency_waits_for_what_is_not_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+
+    class Elsewhere:
+        device = torch.device(kind)
+
+    class Ready(nn.Module):
+        def forward(self, x: Any) -> None: ...
+
+    batch: Any = {"x": Elsewhere()}
+    latency([Ready(), Ready()], batch, seconds=0)
+    assert waited == [torch.device(kind)] * (0 if kind == "cpu" else 10)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_latency_refuses_a_time_that_never_ends(seconds: float) -> None:
+    with pytest.raises(pp.SettingError, match=f"1 models for seconds={seconds}: it takes a model and a finite time"):
+        latency([nn.Identity()], {"input": torch.zeros(1)}, seconds=seconds)
+    with pytest.raises(pp.SettingError, match="0 models"):
+        latency([], {"input": torch.zeros(1)})
 
 
 def test_a_measured_family_makes_a_report(tmp_path: Path) -> None:

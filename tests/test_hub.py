@@ -19,7 +19,7 @@ from conftest import Python, Subject, assert_same_model, run_model, snapshot, ti
 from pathprune.discovery import find_pairs
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.hub import PathpruneConfig, load_model, save_model
-from pathprune.shapes import PaddedLinear
+from pathprune.shapes import Padding
 from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
 
@@ -141,7 +141,7 @@ def test_a_loaded_model_is_small_and_not_searched_again(subject: Subject, small:
     loaded = load(subject, folder)
     shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
     assert {name: parameter.shape for name, parameter in loaded.named_parameters()} == shapes
-    assert any(isinstance(module, PaddedLinear) for module in loaded.modules())
+    assert any(isinstance(hook, Padding) for module in loaded.modules() for hook in module._forward_hooks.values())
     with pytest.raises(UnsupportedModelError, match="already sliced"):
         find_pairs(loaded)
 
@@ -519,3 +519,13 @@ def test_maps_that_a_model_holds_in_two_places_change_in_both(tmp_path: Path) ->
     loaded = load_model(Listed(), tmp_path / "small")
     assert torch.equal(loaded(**inputs), small(**inputs))
     assert not torch.equal(small(**inputs), model(**inputs))
+
+
+def test_a_layer_that_is_held_twice_is_not_saved_by_halves(tmp_path: Path) -> None:
+    dense = tiny_model("bert")
+    dense.again = dense.bert.encoder.layer[0]
+    pairs = find_pairs(dense)
+    small = slice_model(dense, selection_of(pairs, "uneven"))
+    with pytest.raises(ArtifactError, match=r"cannot save the BertForMaskedLM: .* holds twice .* by copy\.deepcopy"):
+        save_model(small, tmp_path / "small")
+    assert not list(tmp_path.iterdir())

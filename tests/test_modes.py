@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pathprune.errors import DataError
+from pathprune.errors import SettingError
 from pathprune.modes import mixed
 
 
@@ -34,7 +34,9 @@ def test_on_a_cpu_attention_stays_in_float32(bf16: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_bf16_is_refused_where_weights_cannot_follow(dtype: torch.dtype) -> None:
-    refused = pytest.raises(DataError, match=f"bf16=True does not go with {dtype} weights; load the model in float32")
+    refused = pytest.raises(
+        SettingError, match=f"bf16=True does not go with {dtype} weights; load the model in float32"
+    )
     with refused, mixed(nn.Linear(1, 1, dtype=dtype), True):
         pass
     with mixed(nn.Linear(1, 1, dtype=dtype), False):

@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_refused(models: dict[str, Any]) -> None:
     pretraining = transformers.BertForPreTraining(transformers.BertConfig(**BERT)).eval()
     with pytest.raises(pp.DataError, match=r"finds neither .* BertForPreTraining returns \(prediction_logits"):
         get_objective("auto", pretraining, batch)
-    with pytest.raises(pp.DataError, match="objective='magic' is not one of auto, embedding, hidden, logits, task"):
+    with pytest.raises(pp.SettingError, match="objective='magic' is not one of auto, embedding, hidden, logits, task"):
         get_objective("magic", models["bert"], batch)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +17,9 @@ from hypothesis import given, settings
 
 from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import ArtifactError, MismatchError, SettingError
 from pathprune.pairs import PairList
-from pathprune.path import FORMAT, SolutionPath
+from pathprune.path import FORMAT, SolutionPath, Trajectory
 from strategies import attention_pairs, mlp_pair, pair_list, paths
 
 
@@ -128,10 +130,12 @@ def test_outputs_that_do_not_fit_are_refused(pairs: PairList, fill: Any, output:
         ({"multiple": 2.5}, r"multiple=2.5"),
         ({"seq_len": 0}, r"seq_len=0"),
         ({"seq_len": float("nan")}, r"seq_len=nan"),
+        ({"seq_len": 2**31}, r"seq_len=2147483648 must be at least 1, and an integer"),
+        ({"multiple": 10**30}, rf"multiple={10**30} must be at least 1, and an integer"),
     ],
 )
 def test_settings_are_checked(pairs: PairList, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(MismatchError, match=message):
+    with pytest.raises(SettingError, match=message):
         SolutionPath.from_scores(pairs, ones(pairs), **settings)
 
 
@@ -236,3 +240,53 @@ def test_a_path_is_opened_and_cut_without_torch_or_transformers(
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == path.select(Budget(keep=0.5)).pair_params
+
+
+def filled(pairs: PairList, seed: int = 0) -> SolutionPath:
+    """A path with arrays of every kind that a search gives."""
+    rng = np.random.default_rng(seed)
+    scores = {pair.name: rng.random(pair.shape) for pair in pairs}
+    fill = {pair.name: rng.random((pair.groups, pair.width)) for pair in pairs if pair.fillable}
+    trajectory = Trajectory(loss=rng.random(3).astype(np.float32))
+    return SolutionPath(pairs, scores, fill=fill, trajectory=trajectory, config={"seed": seed})
+
+
+def test_what_is_alike_is_equal_and_has_one_hash(pairs: PairList, tmp_path: Path) -> None:
+    path, again, other = filled(pairs), filled(pairs), filled(pairs, seed=1)
+    path.save(tmp_path)
+    budget = Budget(keep=0.5)
+    loaded = SolutionPath.load(tmp_path)
+    assert path.order  # what is computed once is no content
+    for one, two, third in (
+        (path, again, other),
+        (path, loaded, other),
+        (path.trajectory, again.trajectory, other.trajectory),
+        (path.select(budget), loaded.select(budget), other.select(budget)),
+        (path.select(budget), again.select(budget), path.select(Budget(keep=0.25))),
+    ):
+        assert one == two
+        assert hash(one) == hash(two)
+        assert one != third
+        assert len({one, two, third}) == 2
+        assert one != "something else"
+
+
+@pytest.mark.parametrize("change", [{"unit": "dim"}, {"multiple": 2}, {"seq_len": 9}, {"config": {}}, {"fill": {}}])
+def test_paths_differ_in_every_part(pairs: PairList, change: dict[str, Any]) -> None:
+    assert filled(pairs) != dataclasses.replace(filled(pairs), **change)
+
+
+def test_pairs_of_two_models_differ(pairs: PairList) -> None:
+    same, base = PairList(list(pairs), pairs.base), dataclasses.replace(pairs.base, fingerprint="b-c")
+    assert pairs == same
+    assert (pairs != same) is False
+    assert pairs != PairList(list(pairs), base)
+    assert (pairs == PairList(list(pairs), base)) is False
+    assert pairs == list(pairs)
+    assert filled(pairs) != filled(PairList(list(pairs), base))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(pairs)
+
+
+def test_types_are_shipped() -> None:
+    assert resources.files("pathprune").joinpath("py.typed").is_file()

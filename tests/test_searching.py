@@ -243,7 +243,7 @@ def test_resume_refuses_other_settings_other_models_and_nothing(tmp_path: Path) 
     model = tiny_bert()
     with pytest.raises(pp.ArtifactError, match="does not exist"):
         run(model, out=tmp_path / "empty", resume=True)
-    with pytest.raises(pp.ArtifactError, match="needs out="):
+    with pytest.raises(pp.SettingError, match="needs out="):
         run(model, resume=True)
     with pytest.raises(KeyboardInterrupt):
         pp.search(model, Interrupting(4), steps=12, multiple=2, progress=False, out=tmp_path)
@@ -253,6 +253,8 @@ def test_resume_refuses_other_settings_other_models_and_nothing(tmp_path: Path) 
             run(model, out=tmp_path, resume=True, steps=20)
         with pytest.raises(pp.MismatchError, match="another model"):
             run(tiny_bert(seed=1), out=tmp_path, resume=True)
+        with pytest.raises(pp.MismatchError, match=r"begun with other data: another first batch\. Resume"):
+            pp.search(model, tiny_batches(seed=1), steps=12, multiple=2, out=tmp_path, resume=True)
         run(model, out=tmp_path, resume=True)
 
 
@@ -290,11 +292,23 @@ def test_bad_data_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 1}, "steps=1 must be at least 3"),
+        ({"steps": 1}, "steps=1 must be an integer, at least 3"),
+        ({"steps": 12.5}, "steps=12.5 must be an integer, at least 3"),
+        ({"seed": 10**30}, f"seed={10**30} must be an integer from 0 to"),
+        ({"seed": 1.5}, r"seed=1\.5 must be an integer"),
+        ({"lr": float("nan")}, "lr=nan is not a finite number"),
+        ({"lr": float("inf")}, "lr=inf is not a finite number"),
+        ({"lr": "0.1"}, "lr='0.1' is not a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf is not a finite number"),
+        ({"lowest_level": float("nan")}, "lowest_level=nan is not a finite number"),
+        ({"slope_lr": float("nan")}, "slope_lr=nan is not a finite number"),
+        ({"output_lr": float("nan")}, "output_lr=nan is not a finite number"),
+        ({"multiple": 10**30}, f"multiple={10**30} must be at least 1, and an integer"),
+        ({"multiple": 2.0}, r"multiple=2\.0 must be at least 1, and an integer"),
         ({"dynamics": "magic"}, "dynamics='magic' is not one of sampled, lbi, spp-released"),
         ({"objective": "magic"}, "objective='magic' is not one of"),
         ({"unit": "magic"}, "unit='magic' is not one of"),
-        ({"multiple": 0}, "multiple=0 must be at least 1"),
+        ({"multiple": 0}, "multiple=0 must be at least 1, and an integer"),
         ({"lowest_level": 1.0}, "lowest_level=1.0"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"fill_lr": -1.0, "output_lr": -2.0}, "fill_lr=-1.0 and output_lr=-2.0 must not be negative"),
@@ -302,8 +316,57 @@ def test_bad_data_is_refused() -> None:
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(pp.DataError, match=message):
+    with pytest.raises(pp.SettingError, match=message):
         run(tiny_bert(), **settings)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "null byte")])
+def test_a_name_that_no_folder_can_have_is_refused_before_the_search(
+    tmp_path: Path, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pp.find_pairs(tiny_bert())
+    path = SolutionPath.from_scores(pairs, {pair.name: np.ones(pair.shape) for pair in pairs})
+    small = pp.slice_model(tiny_bert(), path.select(pp.Budget(keep=0.5)))
+    monkeypatch.setattr(searching, "find_pairs", None)
+    for write in (
+        lambda: run(tiny_bert(), out=tmp_path / name),
+        lambda: run(tiny_bert(), out=tmp_path / name, resume=True),
+        lambda: path.save(tmp_path / name),
+        lambda: pp.save_model(small, tmp_path / name),
+    ):
+        with pytest.raises(pp.ArtifactError, match=rf"can be no folder: .*{reason}; choose another out="):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_is_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its first batch and, where that is known, of the number of batches; old checkpoints say neither."""
+    monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
+    settings: dict[str, Any] = {"steps": 12, "multiple": 2, "progress": False, "out": tmp_path}
+    data = tiny_batches()
+    step, calls = searching._Run._step, iter(range(100))
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pp.search(tiny_bert(), data, **settings)
+    other = [{**data[0], "input_ids": data[0]["input_ids"].flip(0)}, *data[1:]]
+    for _ in ("unfinished", "finished"):
+        with pytest.raises(pp.MismatchError, match="begun with other data: another first batch"):
+            pp.search(tiny_bert(), other, resume=True, **settings)
+        with pytest.raises(pp.MismatchError, match="begun with other data: 6 batches, now 5"):
+            pp.search(tiny_bert(), data[:5], resume=True, **settings)
+        path = pp.search(tiny_bert(), data, resume=True, **settings)
+    same_path(path, run(tiny_bert()))
+    description = json.loads((tmp_path / "path.json").read_text())
+    del description["config"]["data"]
+    (tmp_path / "path.json").write_text(json.dumps(description))
+    same_path(path, pp.search(tiny_bert(), other, resume=True, **settings))
 
 
 def test_unwritable_out_fails_before_the_search(tmp_path: Path) -> None:
@@ -396,3 +459,8 @@ def test_data_without_content_is_refused(later: bool) -> None:
     pictures[later]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(pp.DataError, match="pixel_values has values that are not a number"):
         pp.search(vit, pictures, steps=12, progress=False)
+
+
+def test_a_model_without_weights_is_refused_before_it_runs() -> None:
+    with pytest.raises(pp.UnsupportedModelError, match="are on the meta device"):
+        run(tiny_bert().to("meta"))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Subject, run_model, snapshot, tiny_model
+from conftest import Subject, run_model, snapshot, tiny_inputs, tiny_model
 from pathprune.budget import Selection
 from pathprune.discovery import find_pairs
-from pathprune.errors import MismatchError
+from pathprune.errors import MismatchError, UnsupportedModelError
 from pathprune.masks import masked
-from pathprune.shapes import PaddedLinear
+from pathprune.shapes import Padding
 from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
 
@@ -49,7 +49,8 @@ def test_query_key_and_value_widths_differ_for_real(subject: Subject) -> None:
     widths = {pair.name: selection.widths(pair) for pair in subject.pairs if pair.kind != "mlp"}
     assert len(set(widths.values())) > 1
     small = slice_model(subject.model, selection)
-    assert any(isinstance(module, PaddedLinear) for module in small.modules())
+    hooks = [hook for module in small.modules() for hook in module._forward_hooks.values()]
+    assert any(isinstance(hook, Padding) for hook in hooks)
     dense_size = sum(parameter.numel() for parameter in subject.model.parameters())
     assert sum(parameter.numel() for parameter in small.parameters()) < dense_size
 
@@ -203,7 +204,8 @@ def test_ragged_selections_are_refused(subjects: dict[str, Subject], family: str
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_a_padded_map_is_a_small_map_between_zeros(side: str) -> None:
     sizes = (6, 5) if side == "in" else (5, 6)
-    linear = PaddedLinear(*sizes, side=side, blocks=3, width=2, padded=4).double()
+    linear = nn.Linear(*sizes).double()
+    Padding(side, blocks=3, width=2, padded=4).put_on(linear)
     x = torch.randn(2, 12 if side == "in" else 5, dtype=torch.float64)
     real = np.flatnonzero(np.arange(12) % 4 < 2)
     got: Tensor = linear(x)
@@ -212,4 +214,18 @@ def test_a_padded_map_is_a_small_map_between_zeros(side: str) -> None:
     else:
         torch.testing.assert_close(got[:, real], nn.functional.linear(x, linear.weight, linear.bias))
         assert (np.delete(got.detach().numpy(), real, axis=1) == 0).all()
-    assert f"{side}: 3 x 2 padded to 4" in repr(linear)
+
+
+@pytest.mark.parametrize("case", ["uneven", "fewer heads", "no attention"])
+def test_a_static_cache_is_filled_by_chunks(case: str) -> None:
+    dense = tiny_model("llama").float()
+    dense.generation_config.pad_token_id = 0
+    small: Any = slice_model(dense, selection_of(find_pairs(dense), case))
+    inputs = {"input_ids": tiny_inputs(length=9)["input_ids"], "max_new_tokens": 5, "do_sample": False}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    expected = small.generate(**inputs, use_cache=False)
+    for model in (small, copy.deepcopy(small)):
+        got = model.generate(**inputs, cache_implementation="static", prefill_chunk_size=4)
+        assert torch.equal(got, expected)
+    with pytest.raises(UnsupportedModelError, match=r"continuous batching .* generates by generate\(\)"):
+        small.init_continuous_batching()

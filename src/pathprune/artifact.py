@@ -31,7 +31,7 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
     Raises:
         ArtifactError: the folder cannot be made or written, or the disk is full.
     """
-    folder = Path(folder)
+    folder = named_folder(folder)
     try:
         json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -60,6 +60,23 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
         if old != target:
             with suppress(OSError):  # it wastes space, but the new artifact is in place
                 old.unlink()
+
+
+def named_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder of that name, whether it exists or not.
+
+    Raises:
+        ArtifactError: the system can have none of that name (255 bytes are the limit of most).
+    """
+    folder = Path(folder)
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{str(folder)[:60]!r}... can be no folder: {reason}; choose another out=") from error
+    return folder
 
 
 def _tensor_files(folder: Path, name: str) -> list[Path]:

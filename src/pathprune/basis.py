@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.data import check_moments
+from pathprune.modes import eager
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair, PairList
 
@@ -268,7 +269,8 @@ def _hooked(model: nn.Module, pairs: Iterable[Pair], make: Callable[[Pair], Any]
                 handles.append(module.register_forward_hook(make(pair)))
             else:
                 handles.append(module.register_forward_pre_hook(make(pair)))
-        yield
+        with eager(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Budget:
         return f"{self.kind}={self.value}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """An architecture on the path: which units stay.
 
@@ -105,6 +105,12 @@ class Selection:
     centre: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     covariance: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
     delta: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, Selection) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.pairs.base, tuple(sorted(self.keep)), self.budget, self.removals, self.seq_len))
 
     def mask(self, pair: Pair) -> npt.NDArray[np.float64]:
         """(G, U), what each unit of ``pair`` is multiplied by: zero, or its scale."""
@@ -168,6 +174,19 @@ class Selection:
             f"{facts['params_fraction_of_whole_model']:.1%} of the whole model's parameters, "
             f"{facts['macs_fraction_of_whole_model']:.1%} of its MACs at {self.seq_len} tokens"
         )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two things are alike in content: arrays by value, mappings by key, dataclasses by field."""
+    if is_dataclass(one):
+        return type(one) is type(other) and all(
+            same(getattr(one, part.name), getattr(other, part.name)) for part in fields(one)
+        )
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other, equal_nan=True)
+    return bool(one == other)
 
 
 def dense_macs(pairs: PairList, seq_len: int) -> int:

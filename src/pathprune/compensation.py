@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.data import Batch, Batches, check_moments
-from pathprune.errors import DataError, MismatchError
-from pathprune.modes import evaluating
+from pathprune.errors import MismatchError, SettingError
+from pathprune.modes import eager, evaluating
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair
 from pathprune.progress import track
@@ -71,6 +71,7 @@ def compensate(
     Raises:
         MismatchError: the path is of another model, or of one whose units are sorted.
         DataError: empty data, wrong keys, or activations that are not finite.
+        SettingError: ``count`` is not positive.
     """
     from pathprune.discovery import check_base
 
@@ -80,7 +81,7 @@ def compensate(
             "search, then sort_units or elastic"
         )
     if count < 1:
-        raise DataError(f"count={count} must be positive")
+        raise SettingError(f"count={count} must be positive")
     check_base(model, path.pairs)
     centre, covariance = gather(model, path.pairs, Batches(model, data), path.basis, count=count, progress=progress)
     means = {
@@ -110,7 +111,7 @@ def gather(
     hooks = {pair.name: _Hook(pair, basis.get(pair.name)) for pair in pairs if pair.fillable}
     handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eager(model), evaluating(model):
             first = islice(batches.once(), count)
             for batch in track(first, desc="statistics", unit="batch", progress=progress, leave=False):
                 for hook in hooks.values():

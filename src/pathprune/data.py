@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.errors import DataError, SettingError
+from pathprune.errors import DataError, PathpruneError, SettingError
+from pathprune.limits import Limits
 from pathprune.reading import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from pathprune.reading import image_files
 from pathprune.reading import read_texts as read_texts
+from pathprune.wrapped import inside
 
 Batch = dict[str, Tensor]
 Text = str | Sequence[Mapping[str, Any]]  # or a conversation: messages with role and content
@@ -35,19 +37,31 @@ class Batches:
 
     Raises:
         DataError: the data is empty or can be iterated only once, or its first batch is not a
-            mapping of tensors that the model takes.
+            mapping of tensors that the model takes and can look up.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Mapping[str, Tensor]]) -> None:
+        if isinstance(data, Mapping):
+            raise DataError(f"data is one batch, a {type(data).__name__}; pass a list of batches: [data]")
+        if hasattr(data, "column_names") and hasattr(data, "with_format"):  # of the library datasets
+            raise DataError(
+                f"data is a {type(data).__name__} of rows, not of batches; pass "
+                'torch.utils.data.DataLoader(data.with_format("torch", columns=[...]), batch_size=16), the columns '
+                "being the model's inputs, with a collate_fn that pads where rows are of several lengths "
+                "(transformers.DataCollatorWithPadding)"
+            )
+        if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+            raise DataError(f"data is a {type(data).__name__}; it must be a list of batches or a DataLoader")
         if iter(data) is data:
             raise DataError(
                 f"data is a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"
             )
+        bare = inside(model)
         self.data = data
         self.device = next(model.parameters()).device
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(bare.forward).parameters.values()
         self.accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.model = type(model).__name__
+        self.model, self.limits = type(bare).__name__, Limits(bare)
         for batch in data:
             self._check(batch)
             self.first = placed(batch, self.device)
@@ -56,11 +70,15 @@ class Batches:
 
     def _check(self, batch: Any) -> None:
         if not isinstance(batch, Mapping):
-            raise DataError(f"a batch is a {type(batch).__name__}; each must be a dict of model inputs")
+            raise DataError(
+                f"a batch is a {type(batch).__name__}; each must be a dict of model inputs, as a tokenizer or an image "
+                "processor gives them"
+            )
         if not batch or (unknown := sorted(set(batch) - self.accepted)):
             raise DataError(
                 f"{self.model} does not take {', '.join(unknown) if batch else 'an empty batch'}; "
-                f"it takes {', '.join(sorted(self.accepted))}"
+                f"it takes {', '.join(sorted(self.accepted))}. Leave out of the batches what the model does not read "
+                "(of a dataset, by remove_columns)"
             )
         if wrong := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
             raise DataError(f"{wrong[0]} is a {type(batch[wrong[0]]).__name__}; every model input must be a tensor")
@@ -69,6 +87,7 @@ class Batches:
                 raise DataError(f"{key} has values that are not a number; leave such samples out")
             if not value.numel() or (key == "attention_mask" and value.dim() == 2 and not value.any()):
                 raise DataError(f"{key} of a batch, of shape {tuple(value.shape)}, has no sample or no real token")
+        self.limits.check(batch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end."""
@@ -283,8 +302,8 @@ class Images:
         bad: the images left out so far, and why.
 
     Raises:
-        DataError: there is no image, more than ``max_bad`` cannot be read, a subfolder has no label, or Pillow is not
-            installed.
+        DataError: there is no image, more than ``max_bad`` cannot be read, or a subfolder has no label.
+        PathpruneError: Pillow is not installed.
     """
 
     def __init__(
@@ -300,7 +319,7 @@ class Images:
             import PIL.Image
             import PIL.ImageOps
         except ImportError as error:
-            raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
+            raise PathpruneError("images are read with Pillow, which is not installed; pip install pillow") from error
         self.open, self.upright = PIL.Image.open, PIL.ImageOps.exif_transpose
         self.processor, self.batch_size, self.max_bad, self.labels = processor, batch_size, max_bad, labels
         self.files = image_files(folder)

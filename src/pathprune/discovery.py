@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pathprune.errors import MismatchError, UnsupportedModelError
+from pathprune.errors import DataError, MismatchError, UnsupportedModelError
 from pathprune.inputs import example_inputs
 from pathprune.layouts import Candidate, propose
-from pathprune.modes import evaluating
+from pathprune.limits import Limits
+from pathprune.modes import eager, evaluating
+from pathprune.outputs import samples
 from pathprune.pairs import BaseModel, Pair, PairList
 from pathprune.proof import Call, in_caches, prove
 from pathprune.shapes import Map, attention_of, features, is_map
+from pathprune.wrapped import check_bare
 
 # Configuration entries that say how a model was loaded or saved, not what it computes.
 VOLATILE = frozenset(
@@ -61,7 +64,9 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
 
     Raises:
         UnsupportedModelError: no pair was found or proved; the message says what was found.
+        DataError: the model cannot read ``inputs``.
     """
+    _check_present(model)
     if any(
         getattr(owner, name, None) is not None
         for owner, name in ((getattr(model, "config", None), "quantization_config"), (model, "pathprune"))
@@ -69,15 +74,20 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised or already sliced; search the dense, unquantised model"
         )
-    _check_present(model)
-    batch = dict(inputs) if inputs is not None else example_inputs(model)
+    if inputs is None:
+        batch = example_inputs(model)
+    elif isinstance(inputs, Mapping):
+        batch = dict(inputs)
+        Limits(model).check({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+    else:
+        raise DataError(f"inputs is a {type(inputs).__name__}; it must be a dict of model inputs")
     for name, mask in batch.items():
         if name.endswith("attention_mask") and isinstance(mask, Tensor) and mask.dim() == 2:
             batch[name] = torch.ones_like(mask)  # what padding attends to means nothing, and would disprove a fill
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters or (getattr(model, "can_generate", bool)() and "kwargs" in parameters):
         batch.setdefault("use_cache", False)  # a cache would grow from one run of a block to the next
-    with evaluating(model):
+    with eager(model), evaluating(model):
         count = _Count(model, batch)
         candidates, refused = propose(model, count.order)
         if not candidates:
@@ -88,12 +98,15 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
                 "down maps, under the names that transformers and timm give them"
             )
         found: dict[int, list[Pair]] = {}
-        groups, calls, shared = _capture(model, batch, candidates)
+        groups, calls, shared, astray = _capture(model, batch, candidates)
         for fewer in (True, False):
             for alike in groups:
                 first = next((candidate for candidate in alike if candidate.block in calls), None)
                 if first is None or any(m not in count.positions for m in first.modules):
                     refused |= {candidate.block: "the forward pass of the input never called it" for candidate in alike}
+                    continue
+                if outside := [(one, m) for one in alike for m in sorted(one.modules & astray)]:
+                    refused |= {one.block: f"{m} is called from outside of it, too" for one, m in outside}
                     continue
                 inside = Candidate("", tuple(tuple(map(_inside, choice)) for choice in first.choices))
                 columns = _columns(calls.get(attention_of(model, first.choices[0][0])))
@@ -241,11 +254,17 @@ def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> N
 
 
 def _check_present(model: nn.Module) -> None:
-    """Refuse a model whose weights are elsewhere.
+    """Refuse a model that is inside another, and one whose weights are elsewhere or cannot be worked with.
 
     Raises:
-        UnsupportedModelError: they are on the meta device.
+        UnsupportedModelError: it is one of these; the message says what to pass instead.
     """
+    check_bare(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"the {type(model).__name__} was built under torch.inference_mode(), so that nothing can be learned about "
+            "its weights; build or load it outside, or pass copy.deepcopy(model), made outside"
+        )
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UnsupportedModelError(
             f"{len(absent)} parameters of the {type(model).__name__} are on the meta device ({absent[0]}): it was "
@@ -282,7 +301,7 @@ class _Count:
         finally:
             for handle in handles:
                 handle.remove()
-        self.sequences = len(next(x for x in batch.values() if isinstance(x, Tensor)))
+        self.sequences = samples({name: x for name, x in batch.items() if isinstance(x, Tensor)})
         self.tokens = max((positions for positions, _ in self.macs), default=1)
 
     def _map(self, name: str) -> Any:
@@ -339,10 +358,10 @@ def run_once(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 def _capture(
     model: nn.Module, batch: Mapping[str, Any], candidates: list[Candidate]
-) -> tuple[list[list[Candidate]], dict[str, Call], bool]:
+) -> tuple[list[list[Candidate]], dict[str, Call], bool, set[str]]:
     """Candidates that need one proof, because they differ in nothing but their weights and the values that they
     are called with; the arguments of one block and attention of each such group, as they were before the call;
-    and whether layers share what they leave in a cache.
+    whether layers share what they leave in a cache; and maps that are called while their block is not running.
     """
     alike = {}
     for candidate in candidates:
@@ -357,10 +376,13 @@ def _capture(
     calls: dict[str, Call] = {}
     held: dict[str, set[int]] = {}
     shared = False
+    running: dict[str, int] = dict.fromkeys(watched, 0)
+    astray: set[str] = set()
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             held[name] = in_caches((args, kwargs))
+            running[name] += 1
             if name in forms:
                 return
             leaves, tree = pytree.tree_flatten((args, kwargs))
@@ -375,8 +397,16 @@ def _capture(
     def compare(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal shared  # unless the layer was the first that wrote where it wrote, and will be the last
+            running[name] -= 1
             after = in_caches((args, kwargs))
             shared = shared or (bool(after) and after == held[name])
+
+        return hook
+
+    def called(name: str, block: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not running[block]:
+                astray.add(name)
 
         return hook
 
@@ -385,6 +415,9 @@ def _capture(
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(remember(name), with_kwargs=True))
         handles.append(module.register_forward_hook(compare(name), with_kwargs=True))
+    for candidate in candidates:
+        for name in candidate.modules:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(called(name, candidate.block)))
     try:
         run_once(model, batch)
     finally:
@@ -394,7 +427,7 @@ def _capture(
     for candidate in candidates:
         block, attention = candidate.block, attention_of(model, candidate.choices[0][0])
         groups.setdefault((alike[id(candidate)], forms.get(block), forms.get(attention)), []).append(candidate)
-    return list(groups.values()), calls, shared
+    return list(groups.values()), calls, shared, astray
 
 
 def _inside(pair: Pair) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pathprune.budget import Selection
 from pathprune.data import Batches
+from pathprune.errors import SettingError
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets, get_objective
 from pathprune.outputs import samples
@@ -78,8 +80,14 @@ def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds
 
     Args:
         seconds: rough time to spend on each model; every one gets at least five passes.
+
+    Raises:
+        SettingError: ``seconds`` is not a finite number, or there is no model.
     """
+    if not models or not 0 <= seconds < math.inf:
+        raise SettingError(f"{len(models)} models for seconds={seconds}: it takes a model and a finite time")
     times: list[list[float]] = [[] for _ in models]
+    device = next(iter(batch.values())).device
     with torch.inference_mode(), ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -89,8 +97,8 @@ def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds
             for model, taken in zip(models, times, strict=True):
                 start = time.perf_counter()
                 model(**batch)
-                if next(iter(batch.values())).is_cuda:
-                    torch.cuda.synchronize()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 taken.append((time.perf_counter() - start) * 1000)
     return [statistics.median(taken) for taken in times]
 

@@ -33,8 +33,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pathprune.artifact import named_folder
 from pathprune.budget import Selection
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.experts import check_experts
 from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_modules
 
@@ -159,6 +160,10 @@ def _attach(model: Any, config: PathpruneConfig) -> None:
         if not _of_transformers(part) or id(part.config) in owners:
             continue
         owners.add(id(part.config))
+        # Heads are counted in the configuration, where they are those of the dense model.
+        vars(part)["_get_static_cache_init_shape"] = _unknown
+        if config.record["attributes"]:
+            vars(part)["init_continuous_batching"] = _no_pages
         record = {
             entry: {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
             for entry, values in config.record.items()
@@ -167,6 +172,18 @@ def _attach(model: Any, config: PathpruneConfig) -> None:
             part.config.quantization_config = config
         elif any(record.values()):
             part.config.quantization_config = PathpruneConfig(record)
+
+
+def _unknown() -> None:
+    """What transformers takes for a static cache that gets its shapes from the first keys."""
+
+
+def _no_pages(*args: Any, **kwargs: Any) -> None:
+    """In place of transformers' own, which gives every request an error inside and no tokens."""
+    raise UnsupportedModelError(
+        "continuous batching makes its cache for the heads that the configuration names, which are the dense model's; "
+        "a sliced model generates by generate()"
+    )
 
 
 def own_names(model: nn.Module) -> None:
@@ -235,7 +252,13 @@ def save_model(
         if beside is not None:
             shutil.copytree(beside, part, ignore=_not_beside(Path(beside)), dirs_exist_ok=True)
         if _of_transformers(model):
-            model.save_pretrained(part)
+            try:
+                model.save_pretrained(part)
+            except RuntimeError as error:  # of weights that two modules hold, undeclared
+                raise ArtifactError(
+                    f"transformers cannot save the {type(model).__name__}: {str(error)[:200]}. A layer that the model "
+                    "holds twice belongs into its _tied_weights_keys; or give each place a copy, by copy.deepcopy"
+                ) from error
         else:
             safetensors.torch.save_model(model, str(part / WEIGHTS))
             (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
@@ -271,7 +294,7 @@ def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str])
     Raises:
         ArtifactError: it holds something that is not a model, or is one of the sources.
     """
-    folder = Path(folder).resolve()
+    folder = named_folder(folder).resolve()
     if any(Path(source).resolve() == folder for source in sources):
         raise ArtifactError(
             f"{folder} is the model that this one was made from, and would be lost; choose another --out"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pathprune.pairs import Layout, Pair, Slot
-from pathprune.shapes import HEADS, KEY_HEADS, features, head_width, is_map, linear_map
+from pathprune.shapes import HEADS, KEY_HEADS, computes_linear, features, head_width, is_map, linear_map
 
 # Children of an attention module: query, key, value.
 SEPARATE = (
@@ -121,8 +121,15 @@ def propose(model: nn.Module, order: Mapping[str, int]) -> tuple[list[Candidate]
                 continue
             if candidate is None or candidate.modules & claimed:
                 continue
+            if held := sorted(m for m in candidate.modules if m not in modules):
+                refused[candidate.block] = f"{held[0]} is a map of another sublayer, too"
+                continue
             if tied := sorted(m for m in candidate.modules if _parameters(modules[m]) & shared):
                 refused[candidate.block] = f"{tied[0]} shares its weight with another module"
+                continue
+            if own := sorted(m for m in candidate.modules if is_map(modules[m]) and not computes_linear(modules[m])):
+                kind = type(modules[own[0]]).__name__
+                refused[candidate.block] = f"{own[0]} is a {kind} with a forward of its own, which slicing would lose"
                 continue
             claimed |= candidate.modules
             refused.pop(candidate.block, None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pathprune.budget import Selection
 from pathprune.compensation import Compensator, compensators
 from pathprune.delta import at_size
+from pathprune.modes import eager
 from pathprune.pairs import Pair, Slot
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.floating]]"]
@@ -24,7 +25,8 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     """The dense model with a selection's masks, until the context ends.
 
     Inside the context the model computes what ``slice_model(model, selection)`` computes, at
-    the dense model's size and speed. Afterwards it is what it was.
+    the dense model's size and speed. Afterwards it is what it was. Until then whatever was compiled by
+    ``torch.compile`` runs as it was written, as compiled code would pass over the masks.
 
     Raises:
         MismatchError: the selection belongs to another model.
@@ -40,7 +42,8 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
     told = compensators(selection.centre, covariance, device, torch.float64)
     outputs = {name: torch.from_numpy(array) for name, array in selection.output.items() if name in masks}
     attached = attach_masks(model, selection.pairs, masks, fill, selection.basis, told, outputs)
-    with at_size(model, selection), attached:
+    # Not for the model's own compiled parts alone: what torch.compile(model) gave is not seen from here.
+    with torch.compiler.set_stance("force_eager"), at_size(model, selection), attached:
         yield model
 
 
@@ -94,7 +97,8 @@ def attach_masks(
                     handles.append(module.register_forward_hook(hook.on_output))
                 else:
                     handles.append(module.register_forward_pre_hook(hook.on_input))
-        yield
+        with eager(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pathprune.errors import DataError
+from pathprune.errors import SettingError
 
 
 @contextmanager
@@ -24,6 +25,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """What was compiled of the model runs as it was written: compiled code passes over hooks that came after it."""
+    compiled = any(map(_compiled, model.modules()))
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy without what was compiled, which would still call the original."""
+    other = copy.deepcopy(model, memo)
+    for module in other.modules():
+        for name in _compiled(module):
+            delattr(module, name)
+    return other
+
+
+def _compiled(module: nn.Module) -> list[str]:
+    """Attributes that are compiled calls: of ``Module.compile``, of ``torch.compile(model.forward)``, and that of
+    transformers' ``generate``.
+    """
+    return [name for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")]
 
 
 @contextmanager
@@ -40,9 +65,24 @@ def caching(model: nn.Module, wanted: bool) -> Iterator[None]:
             config.use_cache = before
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what torch takes for no seed.
+
+    Raises:
+        SettingError: it is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise SettingError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1")
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What data and model draw comes from the seed; the caller's random state comes back afterwards."""
+    """What data and model draw comes from the seed; the caller's random state comes back afterwards.
+
+    Raises:
+        SettingError: it is no seed.
+    """
+    check_seed(seed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -53,12 +93,12 @@ def mixed(model: nn.Module, bf16: bool) -> Iterator[None]:
     """Matrix products in bfloat16, weights and all that is delicate in float32, if asked for.
 
     Raises:
-        DataError: the weights are in a precision that does not go with it.
+        SettingError: the weights are in a precision that does not go with it.
     """
     first = next(model.parameters())
     device = first.device
     if bf16 and first.dtype not in (torch.float32, torch.bfloat16):
-        raise DataError(
+        raise SettingError(
             f"bf16=True does not go with {first.dtype} weights; load the model in float32, or leave bf16 out"
         )
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -202,8 +202,8 @@ def get_objective(
         encoder: see ``auto``.
 
     Raises:
-        DataError: there is no such objective, ``auto`` finds none for the model, or its folder names a pooling that
-            is not known here.
+        SettingError: there is no such objective.
+        DataError: ``auto`` finds none for the model, or its folder names a pooling that is not known here.
         ArtifactError: its folder does not say its pooling as sentence-transformers writes it.
     """
     if not isinstance(objective, str):
@@ -224,7 +224,7 @@ def get_objective(
                 return LogitsObjective(_config(model, "problem_type") == "multi_label_classification")
             case "task":
                 return TaskObjective()
-    raise DataError(
+    raise SettingError(
         f"objective={objective!r} is not one of auto, embedding, hidden, logits, task, nor embedding or hidden with "
         f"-{', -'.join(POOLINGS)}"
     )
@@ -329,7 +329,7 @@ class Targets:
     def __call__(self, batch: Batch) -> Tensor:
         if isinstance(self.objective, TaskObjective):  # the labels are the target
             return torch.empty(0)
-        key = self._key(batch)
+        key = self.key(batch)
         if key in self.known:
             return self.known[key]
         with torch.no_grad():
@@ -337,12 +337,13 @@ class Targets:
 
     def remember(self, batch: Batch, outputs: Any) -> None:
         """Take the target from what the dense model was seen to put out."""
-        key = self._key(batch)
+        key = self.key(batch)
         if key not in self.known:
             self._keep(key, self.objective.target(outputs, batch))
 
     @staticmethod
-    def _key(batch: Batch) -> bytes:
+    def key(batch: Batch) -> bytes:
+        """SHA-256 of a batch's content."""
         digest = hashlib.sha256()
         for name in sorted(batch):
             data = batch[name].detach().cpu().contiguous()

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pathprune.errors import SettingError
 from pathprune.pairs import Pair
 
 Unit = Literal["mixed", "dim", "shared", "head"]
@@ -52,6 +53,18 @@ class Order:
         return {name: step >= removals for name, step in self.step.items()}
 
 
+def check_widths(unit: str, multiple: int) -> None:
+    """Refuse what is no rule for widths.
+
+    Raises:
+        SettingError: ``unit`` is not one of ``UNITS``, or ``multiple`` no number of units.
+    """
+    if unit not in UNITS:
+        raise SettingError(f"unit={unit!r} is not one of {', '.join(UNITS)}")
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or not 1 <= multiple < 2**31:
+        raise SettingError(f"multiple={multiple!r} must be at least 1, and an integer below 2**31")
+
+
 def removal_order(
     pairs: Sequence[Pair], ranking: Mapping[str, Floats], *, unit: Unit = "mixed", multiple: int = 1
 ) -> Order:
@@ -64,7 +77,11 @@ def removal_order(
             ``"shared"`` the same dimensions in every head (the unit of the published SPP code);
             ``"head"`` whole heads; ``"mixed"`` dimensions or heads, whichever is worth less.
         multiple: widths of heads and MLPs are kept at multiples of this many units.
+
+    Raises:
+        SettingError: ``unit`` or ``multiple`` is out of range.
     """
+    check_widths(unit, multiple)
     blocks: dict[str, list[Pair]] = {}
     for pair in pairs:
         blocks.setdefault(pair.block, []).append(pair)

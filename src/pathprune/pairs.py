@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from pathprune.errors import SettingError
+
 Kind = Literal["qk", "vo", "mlp"]
 Side = Literal["out", "in"]
 Layout = Literal["blocks", "heads", "turns", "dims", "rows"]
@@ -73,9 +75,9 @@ class Slot:
             object.__setattr__(self, "total", self.repeat)
         numbers = (self.size, self.repeat, self.total, self.start + 1, self.total - self.start - self.repeat + 1)
         if self.side not in ("out", "in") or self.layout not in get_args(Layout):
-            raise ValueError(f"{self.module}: side={self.side!r}, layout={self.layout!r} make no slot")
+            raise SettingError(f"{self.module}: side={self.side!r}, layout={self.layout!r} make no slot")
         if not all(isinstance(n, int) and n > 0 for n in numbers):
-            raise ValueError(
+            raise SettingError(
                 f"{self.module}: size={self.size!r}, repeat={self.repeat!r}, start={self.start!r}, "
                 f"total={self.total!r} make no slot"
             )
@@ -153,11 +155,11 @@ class Pair:
 
     def __post_init__(self) -> None:
         if self.rotary not in ("", "halves", "neighbours"):
-            raise ValueError(f"{self.name}: rotary={self.rotary!r} is not '', 'halves' or 'neighbours'")
+            raise SettingError(f"{self.name}: rotary={self.rotary!r} is not '', 'halves' or 'neighbours'")
         if self.kind not in ("qk", "vo", "mlp") or len(self.slots) < 2:
-            raise ValueError(f"{self.name}: kind={self.kind!r} with {len(self.slots)} maps makes no pair")
+            raise SettingError(f"{self.name}: kind={self.kind!r} with {len(self.slots)} maps makes no pair")
         if not all(isinstance(n, int) and n > 0 for n in (self.groups, self.width)):
-            raise ValueError(f"{self.name}: groups={self.groups!r} and width={self.width!r} must be at least 1")
+            raise SettingError(f"{self.name}: groups={self.groups!r} and width={self.width!r} must be at least 1")
 
     @property
     def dims_per_unit(self) -> int:
@@ -306,6 +308,14 @@ class PairList(list[Pair]):
         super().__init__(pairs)
         self.base = base
         self.refused = dict(refused or {})
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and (not isinstance(other, PairList) or self.base == other.base)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # as of any list
 
     @property
     def prunable_params(self) -> int:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from pathprune import __version__
 from pathprune.artifact import read_artifact, write_artifact
-from pathprune.budget import Budget, Selection, select
-from pathprune.errors import ArtifactError, MismatchError
-from pathprune.order import UNITS, Order, Unit, removal_order
+from pathprune.budget import Budget, Selection, same, select
+from pathprune.errors import ArtifactError, MismatchError, SettingError
+from pathprune.order import Order, Unit, check_widths, removal_order
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
 
 FORMAT = 1
@@ -40,7 +40,7 @@ ARRAYS = {
 Floats = npt.NDArray[np.floating]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """What a search did, step by step, over S steps and P pairs.
 
@@ -54,8 +54,14 @@ class Trajectory:
     level: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     gamma_l1: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, Trajectory) else NotImplemented
 
-@dataclass(frozen=True)
+    def __hash__(self) -> int:
+        return hash((np.shape(self.loss), np.shape(self.gamma_l1)))
+
+
+@dataclass(frozen=True, eq=False)
 class SolutionPath:
     """A ranking of every unit, and with it a model of every size.
 
@@ -104,12 +110,11 @@ class SolutionPath:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise MismatchError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if not all(isinstance(value, int) and value >= 1 for value in (self.multiple, self.seq_len)):
-            raise MismatchError(f"multiple={self.multiple} and seq_len={self.seq_len} must be integers, at least 1")
+        check_widths(self.unit, self.multiple)
+        if isinstance(self.seq_len, bool) or not isinstance(self.seq_len, int) or not 1 <= self.seq_len < 2**31:
+            raise SettingError(f"seq_len={self.seq_len!r} must be at least 1, and an integer below 2**31")
         if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
-            raise MismatchError("config and versions must be dicts")
+            raise SettingError("config and versions must be dicts")
         names = {pair.name for pair in self.pairs}
         if len(names) < len(self.pairs):
             raise MismatchError("two pairs have the same name")
@@ -163,6 +168,12 @@ class SolutionPath:
                     shape = (*self.centre[pair.name].shape, pair.consumer.size)
                     check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], shape)
 
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, SolutionPath) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.pairs.base, tuple(self.pairs), self.unit, self.multiple, self.seq_len))
+
     @classmethod
     def from_scores(
         cls,
@@ -184,6 +195,7 @@ class SolutionPath:
 
         Raises:
             MismatchError: names or shapes are not those of the pairs, or a score is not finite.
+            SettingError: ``unit``, ``multiple`` or ``seq_len`` is out of range.
         """
         ranking = {
             name: np.asarray(score.detach().cpu().float() if hasattr(score, "detach") else score, dtype=np.float32)

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pathprune.budget import Selection
 from pathprune.layouts import Candidate
 from pathprune.masks import attach_masks
+from pathprune.modes import copied
 from pathprune.pairs import BaseModel, Ints, Kind, Pair, PairList
 from pathprune.slicing import slice_modules
 
@@ -68,7 +69,7 @@ class Bench:
 
     def __init__(self, scope: nn.Module, call: Call, shared: bool) -> None:
         self.shared = shared
-        self.scope = copy.deepcopy(scope).double()
+        self.scope = copied(scope).double()
         self.scope.eval()  # by itself: some layers' own train() returns nothing
         for module in self.scope.modules():  # grouped kernels know no float64
             config: Any = getattr(module, "config", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathprune.artifact import read_artifact, remove_artifact, write_artifact
+from pathprune.artifact import named_folder, read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate, sensitivity
 from pathprune.budget import Budget
 from pathprune.compensation import compensators, gather, untold
 from pathprune.data import Batches, check_finite
-from pathprune.discovery import find_pairs
+from pathprune.discovery import _check_present, find_pairs
 from pathprune.dynamics import DYNAMICS, Driver, Visited
-from pathprune.errors import ArtifactError, DataError, MismatchError
+from pathprune.errors import ArtifactError, MismatchError, SettingError
 from pathprune.masks import attach_masks
-from pathprune.modes import caching, evaluating, mixed, seeded
+from pathprune.modes import caching, check_seed, eager, evaluating, mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective, objective_name
-from pathprune.order import UNITS, Unit
+from pathprune.order import Unit, check_widths
 from pathprune.outputs import samples
 from pathprune.pairs import PairList
 from pathprune.path import Floats, SolutionPath, Trajectory, library_versions
@@ -70,7 +72,7 @@ class SearchConfig:
         bf16: multiply matrices in bfloat16, weights staying as they are: up to twice as fast where the hardware can.
 
     Raises:
-        DataError: a value is out of range.
+        SettingError: a value is out of range.
     """
 
     objective: str = "auto"
@@ -92,19 +94,25 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         if self.dynamics not in DYNAMICS:
-            raise DataError(f"dynamics={self.dynamics!r} is not one of {', '.join(DYNAMICS)}")
-        if self.unit not in UNITS:
-            raise DataError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if self.steps < 3:
-            raise DataError(f"steps={self.steps} must be at least 3: for bases, for curvature, and for the path")
-        if self.multiple < 1:
-            raise DataError(f"multiple={self.multiple} must be at least 1")
+            raise SettingError(f"dynamics={self.dynamics!r} is not one of {', '.join(DYNAMICS)}")
+        check_widths(self.unit, self.multiple)
+        check_seed(self.seed)
+        if not isinstance(self.steps, int) or self.steps < 3:
+            raise SettingError(
+                f"steps={self.steps!r} must be an integer, at least 3: for bases, for curvature, and for the path"
+            )
+        numbers = {name: getattr(self, name) for name in ("lr", "temperature", "lowest_level", *RATES)}
+        if self.output_lr is None:
+            del numbers["output_lr"]
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise SettingError(f"{name}={value!r} is not a finite number")
         if not 0 < self.lowest_level < 1:
-            raise DataError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
+            raise SettingError(f"lowest_level={self.lowest_level} must lie between 0 and 1")
         if self.lr <= 0 or self.temperature <= 0:
-            raise DataError(f"lr={self.lr} and temperature={self.temperature} must be positive")
-        if negative := [f"{name}={getattr(self, name)}" for name in RATES if (getattr(self, name) or 0) < 0]:
-            raise DataError(f"{' and '.join(negative)} must not be negative")
+            raise SettingError(f"lr={self.lr} and temperature={self.temperature} must be positive")
+        if negative := [f"{name}={numbers[name]}" for name in RATES if numbers.get(name, 0) < 0]:
+            raise SettingError(f"{' and '.join(negative)} must not be negative")
 
     def suited(self, objective: Objective, batch: Mapping[str, Tensor]) -> SearchConfig:
         """With what goes by the objective and the data filled in: its name, and the default of ``output_lr``."""
@@ -174,13 +182,14 @@ def search(
 
     Raises:
         UnsupportedModelError: no pair could be proved.
-        DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
-        MismatchError: ``resume`` with another model or other settings.
+        SettingError: a setting that does not exist, or whose value is out of range.
+        DataError: empty data, wrong keys, or a loss that is not finite.
+        MismatchError: ``resume`` with another model, other settings or other data.
         ArtifactError: ``out`` cannot be written, or holds nothing to resume.
     """
     known = {field.name for field in fields(SearchConfig)}
     if unknown := sorted(set(settings) - known):
-        raise DataError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
+        raise SettingError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
     config = SearchConfig(dynamics=dynamics, steps=steps, seed=seed, **settings)
     if steps < FEW_STEPS:
         warnings.warn(
@@ -189,7 +198,10 @@ def search(
             stacklevel=2,
         )
     if resume and out is None:
-        raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
+        raise SettingError("resume=True needs out=, the folder of the search to go on with")
+    if out is not None:
+        named_folder(out)
+    _check_present(model)
     device = next(model.parameters()).device
     with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
         batches = Batches(model, data)
@@ -199,6 +211,7 @@ def search(
         if resume and out is not None and not (Path(out) / "checkpoint.json").exists():
             path = SolutionPath.load(out)
             _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
+            _check_data(batches, path.config.get("data"), out)
             remove_artifact(out, "statistics")  # where it was stopped between its last two lines
             return path
         with _frozen(model), evaluating(model):
@@ -232,6 +245,7 @@ class _Run:
         self.noise = torch.Generator().manual_seed(config.seed)
         self.targets = Targets(model, objective)
         self.seq_len = _tokens(model, pairs, batches.first)
+        self.data = _seen(batches)
         self.masks: dict[str, Tensor] = {}
         self.fills: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -414,7 +428,7 @@ class _Run:
             centre=self.centre,
             covariance=self.covariance,
             trajectory=self._trajectory(),
-            config=asdict(config),
+            config={**asdict(config), "data": self.data},
             versions=library_versions(),
         )
         if self.out is not None:
@@ -477,13 +491,14 @@ class _Run:
     def _meta(self, step: int | None) -> dict[str, Any]:
         """What a checkpoint is of; ``None`` before the first update."""
         base, config = asdict(self.pairs.base), asdict(self.config)
-        return {"format": CHECKPOINT_FORMAT, "step": step, "base": base, "config": config}
+        return {"format": CHECKPOINT_FORMAT, "step": step, "base": base, "config": config, "data": self.data}
 
     def restore(self) -> None:
         """Go back to the last checkpoint."""
         assert self.out is not None
         meta, tensors = read_artifact(self.out, "checkpoint", CHECKPOINT_FORMAT)
         _check_same(self.pairs, self.config, meta.get("base"), meta.get("config"), self.out)
+        _check_data(self.batches, meta.get("data"), self.out)
         if meta.get("step") is None:  # it was stopped before the first update
             self.start()
             return
@@ -520,6 +535,34 @@ def _check_same(pairs: PairList, config: SearchConfig, base: Any, settings: Any,
         )
 
 
+def _seen(batches: Batches) -> dict[str, Any]:
+    """What tells a search's data from others: their first batch, and how many there are where that is known."""
+    data: Any = batches.data
+    try:
+        count = len(data)
+    except TypeError:  # an iterable without a length
+        count = None
+    return {"first": Targets.key(batches.first).hex(), "batches": count}
+
+
+def _check_data(batches: Batches, theirs: Any, out: object) -> None:
+    """Refuse other data than a search was begun with; files of earlier releases do not say which that was."""
+    if not isinstance(theirs, dict):
+        return
+    ours = _seen(batches)
+    counts = theirs.get("batches"), ours["batches"]
+    if theirs.get("first") != ours["first"]:
+        what = "another first batch"
+    elif None not in counts and counts[0] != counts[1]:
+        what = f"{counts[0]} batches, now {counts[1]}"
+    else:
+        return
+    raise MismatchError(
+        f"the search in {out} was begun with other data: {what}. Resume with the same batches in the same order, "
+        "or search anew"
+    )
+
+
 def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> int:
     """Length of the sequences that the first attention layer (or MLP) sees: of text, image patches or audio frames."""
     seen: list[int] = []
@@ -527,7 +570,7 @@ def _tokens(model: nn.Module, pairs: PairList, batch: Mapping[str, Tensor]) -> i
     module = model.get_submodule(pair.mask_slot.module)
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager(model):
             model(**batch)
     finally:
         handle.remove()

@@ -39,11 +39,14 @@ SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root o
 SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
 
 Map = nn.Linear | Conv1D
+FORWARDS = (nn.Linear.forward, Conv1D.forward)
 Record = dict[str, Any]
 
 
-class _Padded(nn.Module):
-    """One side of a linear map is seen from outside with zeros among its features.
+class Padding:
+    """Hook by which one side of a linear map is seen from outside with zeros among its features.
+
+    The map itself is an ordinary one of its small sizes, so that whatever takes maps (adapters, quantisation) takes it.
 
     Args:
         side: ``"out"``: zeros are put between the output's features; ``"in"``: features of the
@@ -52,7 +55,7 @@ class _Padded(nn.Module):
         positions, size: the axis as ``size`` features, of which those at ``positions`` exist.
     """
 
-    def _set_pad(
+    def __init__(
         self,
         side: str,
         blocks: int = 0,
@@ -62,8 +65,11 @@ class _Padded(nn.Module):
         size: int = 0,
     ) -> None:
         self.side, self.blocks, self.width, self.padded, self.size = side, blocks, width, padded, size
-        # Not a buffer: one that is not saved would come back from the meta device without its values.
         self.positions = None if positions is None else torch.tensor(positions, dtype=torch.long, device="cpu")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> Any:
+        """Before the map of side ``"in"`` and after that of side ``"out"``."""
+        return (self.crop(args[0]), *args[1:]) if output is None else self.pad(output)
 
     def _positions(self, device: torch.device) -> Tensor:
         assert self.positions is not None
@@ -73,47 +79,51 @@ class _Padded(nn.Module):
 
     def pad(self, output: Tensor) -> Tensor:
         """Put the zeros in."""
-        if self.side != "out":
-            return output
         if self.positions is None:
             return F.pad(output.unflatten(-1, (self.blocks, self.width)), (0, self.padded - self.width)).flatten(-2)
         return output.new_zeros(*output.shape[:-1], self.size).index_copy(-1, self._positions(output.device), output)
 
     def crop(self, input: Tensor) -> Tensor:
         """The features that the weight reads."""
-        if self.side != "in":
-            return input
         if self.positions is None:
             return input.unflatten(-1, (self.blocks, self.padded))[..., : self.width].flatten(-2)
         return input.index_select(-1, self._positions(input.device))
 
-    def extra_repr(self) -> str:
-        inner = f"{self.blocks} x {self.width} padded to {self.padded}" if self.blocks else f"seen as {self.size}"
-        return f"{super().extra_repr()}, {self.side}: {inner}"
+    def put_on(self, module: nn.Module) -> None:
+        """Have what stands in the map's place hooked, once; an adapter around the map, and not the map inside it."""
+        hooks: Any = module._forward_pre_hooks if self.side == "in" else module._forward_hooks
+        if any(isinstance(hook, Padding) for hook in hooks.values()):
+            return
+        for inner in module.modules():
+            for held in (inner._forward_pre_hooks, inner._forward_hooks):
+                for key in [key for key, hook in held.items() if isinstance(hook, Padding)]:
+                    del held[key]
+        if self.side == "in":
+            module.register_forward_pre_hook(self)
+        else:
+            module.register_forward_hook(self)
 
 
-class PaddedLinear(_Padded, nn.Linear):
-    """A linear map with zeros among the features of one side; see ``_Padded``."""
+class _Paddings:
+    """Forward pre-hook of the module that holds padded maps: libraries put other modules in their places."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, dtype: torch.dtype | None = None, **pad: Any
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype=dtype)
-        self._set_pad(**pad)
+    def __init__(self) -> None:
+        self.paddings: dict[str, Padding] = {}
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.pad(F.linear(self.crop(input), self.weight, self.bias))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for name, padding in self.paddings.items():
+            padding.put_on(module.get_submodule(name))
 
 
-class PaddedConv1D(_Padded, Conv1D):
-    """The same for GPT-2's transposed linear map; without ``side``, one that can do without features."""
+class EmptyLinear(nn.Linear):
+    """A map without features, of a kind of its own: what torch quantises of such a map computes anything."""
 
-    def __init__(self, nf: int, nx: int, *, side: str = "", **pad: Any) -> None:
-        super().__init__(nf, nx)
-        self._set_pad(side, **pad)
+
+class EmptyConv1D(Conv1D):
+    """GPT-2's transposed linear map, which can do without features."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pad(F.linear(self.crop(x), self.weight.mT, self.bias))
+        return F.linear(x, self.weight.mT, self.bias)
 
 
 class _RotaryColumns:
@@ -132,6 +142,14 @@ class _RotaryColumns:
 def is_map(module: nn.Module) -> bool:
     """Whether a module is a linear map of one vector."""
     return isinstance(module, Map)
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a map's forward is the one of its kind, and not that of a subclass or of the object alone."""
+    forward = vars(module).get("_old_forward", module.forward)  # of accelerate, which moves inputs to a device first
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    # Falcon's own class says x W^T + b in other words.
+    return getattr(forward, "__func__", None) in FORWARDS or type(module).__name__ == "FalconLinear"
 
 
 def features(module: Map) -> tuple[int, int]:
@@ -189,7 +207,9 @@ def head_width(attention: nn.Module) -> Any:
 
 
 def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give the attention of a model the sizes of a record, once it has its weights: initialising code reads sizes."""
+    """Give the attention of a model the sizes of a record, and its maps their zeros, once it has its weights:
+    initialising code reads sizes.
+    """
     for name, columns in record["rotary"].items():
         width = head_width(model.get_submodule(name)) or 0
         if max(columns, default=0) >= width:
@@ -203,25 +223,36 @@ def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
             setattr(module, attribute, value)
     for name, columns in record["rotary"].items():
         model.get_submodule(name).register_forward_pre_hook(_RotaryColumns(columns), with_kwargs=True)
+    _pad_maps(model, {name: shape["pad"] for name, shape in record["modules"].items() if shape["pad"]})
+
+
+def _pad_maps(model: nn.Module, pads: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put zeros among the features of maps, whatever will stand in their places."""
+    holders: dict[str, _Paddings] = {}
+    for name, pad in pads.items():
+        padding = Padding(**pad)
+        padding.put_on(linear_map(model, name))
+        holder, _, child = name.rpartition(".")
+        while isinstance(model.get_submodule(holder), nn.ModuleList | nn.ModuleDict):  # which nobody calls
+            holder, _, outer = holder.rpartition(".")
+            child = f"{outer}.{child}"
+        if holder not in holders:
+            holders[holder] = _Paddings()
+            model.get_submodule(holder).register_forward_pre_hook(holders[holder])
+        holders[holder].paddings[child] = padding
 
 
 def sized_map(old: Map, shape: Mapping[str, Any], device: torch.device) -> Map:
     """A map like ``old`` in the sizes of a record, its weights uninitialised."""
     sizes = (shape["in_features"], shape["out_features"])
-    pad, dtype = shape["pad"], old.weight.dtype
+    dtype = old.weight.dtype
     with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
         new: Map
         if isinstance(old, nn.Linear):
-            new = (
-                PaddedLinear(*sizes, shape["bias"], dtype=dtype, **pad)
-                if pad
-                else nn.Linear(*sizes, shape["bias"], dtype=dtype)
-            )
-        elif pad or 0 in sizes:
-            new = PaddedConv1D(sizes[1], sizes[0], **(pad or {})).to(dtype)
+            new = (EmptyLinear if 0 in sizes else nn.Linear)(*sizes, shape["bias"], dtype=dtype)
         else:
-            new = Conv1D(sizes[1], sizes[0]).to(dtype)
+            new = (EmptyConv1D if 0 in sizes else Conv1D)(sizes[1], sizes[0]).to(dtype)
     return new if device.type == "meta" else new.to_empty(device=device)
 
 

@@ -16,7 +16,6 @@ are in ``pathprune.experts``.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from pathprune.compensation import by_place, constant, folded
 from pathprune.delta import at_size
 from pathprune.errors import MismatchError
 from pathprune.experts import check_experts, plan_stack, sliced_stacks
+from pathprune.modes import copied
 from pathprune.pairs import Ints, Pair, Slot
 from pathprune.shapes import (
     HEADS,
@@ -124,7 +124,7 @@ def _slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, R
     for pair in selection.pairs:
         if pair.stacked and not selection.keep[pair.name].all():
             memo |= sliced_stacks(model, pair, selection)
-    small = copy.deepcopy(model, memo)
+    small = copied(model, memo)
     shape_attention(small, record)
     return small, record
 

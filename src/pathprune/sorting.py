@@ -8,7 +8,6 @@ that the layer's code tells apart (position biases), whatever the pair's proof f
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from pathprune.compensation import constant
 from pathprune.discovery import check_base, identify
 from pathprune.hub import own_names
+from pathprune.modes import copied
 from pathprune.pairs import Ints, Pair, PairList, Slot
 from pathprune.path import Floats, SolutionPath
 from pathprune.shapes import linear_map
@@ -35,8 +35,8 @@ def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, Solutio
     """
     check_base(model, path.pairs)
     if path.delta:  # which ``elastic`` has found, in sorted units
-        return copy.deepcopy(model), path
-    ordered, orders = copy.deepcopy(model), unit_orders(path)
+        return copied(model), path
+    ordered, orders = copied(model), unit_orders(path)
     with torch.no_grad():
         for pair in path.pairs:
             for slot in pair.slots:
