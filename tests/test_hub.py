@@ -430,7 +430,7 @@ def test_a_folder_of_something_else_is_not_replaced(saved: tuple[nn.Module, Path
     (tmp_path / "file").write_text("mine")
     before = listing(tmp_path)
     for name in ("mine", "file"):
-        with pytest.raises(ArtifactError, match=r"exists and is not a model folder; choose another --out"):
+        with pytest.raises(ArtifactError, match=r"exists and is not a model folder; choose another folder"):
             save_model(small, tmp_path / name)
     with pytest.raises(ArtifactError, match="cannot write the model to"):
         save_model(small, tmp_path / "file" / "below")
@@ -474,7 +474,7 @@ def test_what_stands_beside_a_model_stays(
 def test_a_model_does_not_replace_the_one_it_was_made_from(saved: tuple[nn.Module, Path]) -> None:
     small, folder = saved
     before = listing(folder)
-    with pytest.raises(ArtifactError, match="was made from, and would be lost; choose another --out"):
+    with pytest.raises(ArtifactError, match="was made from, and would be lost; choose another folder"):
         save_model(small, folder, source=f"{folder}/../small")
     assert listing(folder) == before
 
