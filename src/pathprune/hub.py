@@ -286,10 +286,12 @@ def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str])
     for rest in left(folder.parent, re.escape(folder.name)):
         if back := _settle(folder, rest.with_suffix(".part"), rest.with_suffix(".old")):
             warnings.warn(f"a run was killed while it replaced the model in {folder}; {back} is back", stacklevel=3)
+    try:
+        held = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"cannot read {folder}: {error.strerror or error}; choose another folder") from error
     if (folder.exists() and not folder.is_dir()) or (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in ("config.json", SHAPES))
+        held and not any((folder / name).exists() for name in ("config.json", SHAPES))
     ):
         raise ArtifactError(f"{folder} exists and is not a model folder; choose another folder, or remove it")
     return folder
