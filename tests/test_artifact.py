@@ -140,6 +140,20 @@ def test_ctrl_c_leaves_no_tensors_that_nothing_names(folder: Path, monkeypatch: 
         assert_holds(folder, NEW, "new")
 
 
+def test_a_description_that_cannot_be_read_again_costs_no_tensors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", unreadable)
+        write(folder, NEW, "new")
+    assert_holds(folder, NEW, "new")
+    write(folder, OLD, "newest")
+    assert len(contents(folder)) == 2
+
+
 def dead_process() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         return process.pid

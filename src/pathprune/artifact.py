@@ -57,14 +57,13 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
                 _replace(target, data)
                 _replace(folder / f"{name}.json", text.encode())
             except BaseException:
-                if ours and _described(folder, name) != target.name:  # it may be in place, and Ctrl-C came after
-                    with suppress(OSError):
-                        target.unlink(missing_ok=True)
+                with suppress(OSError):
+                    if ours and target in _unnamed(folder, name):  # else Ctrl-C came when all was in place
+                        target.unlink()
                 raise
-            for old in _tensor_files(folder, name):
-                if old.name != _described(folder, name):
-                    with suppress(OSError):  # it wastes space, but the new artifact is in place
-                        old.unlink()
+            with suppress(OSError):  # it wastes space, but the new artifact is in place
+                for old in _unnamed(folder, name):
+                    old.unlink()
     except OSError as error:
         raise ArtifactError(
             f"cannot write {name} to {folder}: {error.strerror or error}; what was there is unchanged. "
@@ -90,12 +89,15 @@ def _one_writer(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _described(folder: Path, name: str) -> str | None:
-    """The tensor file that the description in ``folder`` names."""
+def _unnamed(folder: Path, name: str) -> list[Path]:
+    """The tensor files that no description names; none where nobody can tell."""
     try:
-        return str(json.loads((folder / f"{name}.json").read_bytes())["tensors"]["file"])
+        named = json.loads((folder / f"{name}.json").read_bytes())["tensors"]["file"]
+    except FileNotFoundError:
+        named = None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        return []
+    return [file for file in _tensor_files(folder, name) if file.name != named]
 
 
 def _own_files(name: str) -> str:
