@@ -438,6 +438,9 @@ def test_a_folder_of_something_else_is_not_replaced(saved: tuple[nn.Module, Path
             save_model(small, tmp_path / name)
     with pytest.raises(ArtifactError, match="cannot write the model to"):
         save_model(small, tmp_path / "file" / "below")
+    for length in (240, 300):
+        with pytest.raises(ArtifactError, match="File name too long"):
+            save_model(small, tmp_path / ("x" * length))
     assert listing(tmp_path) == before
 
 

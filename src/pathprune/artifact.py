@@ -28,7 +28,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
 
 PARTS = r"\.(?P<process>[1-9]\d{0,6})(-[0-9a-f]{8})?\.(part|old)"  # by which process, and which of its writings
-_writing: set[Path] = set()  # by this process; of another process, its number tells whether it still runs
+_writing: set[str] = set()  # by this process; of another process, its number tells whether it still runs
 
 
 def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
@@ -233,12 +233,12 @@ def beside(target: Path) -> Iterator[tuple[Path, Path]]:
     there after this block, in which this process writes.
     """
     own = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    names = target.with_name(f"{own}.part"), target.with_name(f"{own}.old")
-    _writing.update(names)
+    part, old = f"{own}.part", f"{own}.old"
+    _writing.update((part, old))
     try:
-        yield names
+        yield target.with_name(part), target.with_name(old)
     finally:
-        _writing.difference_update(names)
+        _writing.difference_update((part, old))
 
 
 def left(folder: Path, names: str) -> list[Path]:
@@ -252,7 +252,7 @@ def left(folder: Path, names: str) -> list[Path]:
     gone = []
     for path in found:
         match = re.fullmatch(rf"\.(?:{names}){PARTS}", path.name)
-        if match and path not in _writing and not _runs_elsewhere(int(match["process"])):
+        if match and path.name not in _writing and not _runs_elsewhere(int(match["process"])):
             gone.append(path)
     return gone
 

@@ -338,11 +338,11 @@ def _settle(folder: Path, part: Path, old: Path) -> str:
     """
     back = ""
     try:
-        if old.exists() and not folder.exists():
+        if os.path.exists(old) and not folder.exists():
             old.rename(folder)
             back = "the old one"
         shutil.rmtree(part, ignore_errors=True)
-        if old.exists():
+        if os.path.exists(old):  # it is False of names that are too long
             for rest in _rest(old, folder):
                 rest.rename(folder / rest.name)
                 back = "what stood beside it"
