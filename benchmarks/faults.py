@@ -1,7 +1,7 @@
 """What a fault at a file event costs: everything that writes, killed or failed at each of its file events.
 
     python benchmarks/faults.py --out benchmarks/results/faults.json --every 3 --every-slow 29
-    python benchmarks/faults.py --out build/faults.json --every 23 --every-slow 97    # a sample, as the tests take
+    python benchmarks/faults.py --out build/faults.json --every 23 --every-slow 199   # a sample, as the tests take
 
 A fault falls in a forked child, before the n-th file event (open, rename, delete, mkdir, link, fsync, lock, exchange,
 ...) below the folder that is written to. After it, what the name holds must be the whole old artifact or the whole
