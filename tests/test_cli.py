@@ -285,9 +285,7 @@ def test_what_is_there_is_replaced_only_when_asked(
     assert pp.SolutionPath.load(whole).delta, "what stands beside a model stays"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path, stop: signal.Signals) -> None:
-    """Ctrl-C, and what a scheduler sends before it kills."""
+def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Path) -> None:
     texts, out = dense.parent / "texts.txt", tmp_path / "run"
     command = [*COMMAND, "search", dense, "--data", texts, "--out", out, "--steps", "1200", "--batch-size", "4"]
     process = subprocess.Popen(
@@ -307,7 +305,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Pat
     deadline = time.monotonic() + 120
     while not step() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(stop)
+    process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in stderr
@@ -321,11 +319,14 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Pat
     assert not (out / "checkpoint.json").exists()
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
-    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
+    """By Ctrl-C, or by what a scheduler sends before it kills."""
+
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+        signal.raise_signal(how)
 
     texts = dense.parent / "texts.txt"
     assert ask("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 4)[0] == 0
