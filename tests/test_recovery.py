@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
 from pathprune.budget import Budget
+from pathprune.data import Batches
 from pathprune.evaluation import fidelity
 from pathprune.path import SolutionPath
+from pathprune.recovery import holdout
+from pathprune.recovery.holdout import HeldOut
 
 
 def half(model: torch.nn.Module) -> torch.nn.Module:
@@ -151,8 +158,93 @@ def test_lora_changes_every_map_by_a_low_rank_and_helps(kind: str) -> None:
         assert 0 < rank <= 3, name
     before, after = (1 - fidelity(model, teacher, tiny_batches(seed=1)) for model in (small, recovered))
     assert after < 0.9 * before
-    with pytest.raises(pp.DataError, match="lora_rank=0 must be positive"):
+    with pytest.raises(pp.SettingError, match="lora_rank=0 must be positive"):
         pp.recover(small, teacher=teacher, data=data, lora_rank=0)
+
+
+def held_out(data: Any, **options: Any) -> HeldOut:
+    return HeldOut(Batches(tiny_bert(), data), 100, **options)
+
+
+def rows(batches: Any) -> list[tuple[int, ...]]:
+    """The texts of batches, without padding."""
+    return [
+        tuple(row[mask.bool()].tolist())
+        for batch in batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31), st.integers(1, 5), st.integers(0, 9))
+def test_no_sample_is_trained_on_that_is_measured_on(count: int, seed: int, size: int, padding: int) -> None:
+    """However the data is shuffled, batched and padded anew."""
+    data = tiny_batches(count, seed) + tiny_batches(1, seed)  # a batch that comes twice
+    held = held_out(data)
+    measured, everything = set(rows(held.batches)), set(rows(data))
+    assert measured
+    assert measured < everything
+    assert held.samples == len(rows(held.batches))
+    assert len(measured) >= min(len(everything) // 4, 16)
+    shuffled = rows(data)
+    random.Random(seed).shuffle(shuffled)
+    again = []
+    for start in range(0, len(shuffled), size):
+        part = shuffled[start : start + size]
+        width = max(map(len, part)) + padding
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in part])
+        again.append({"input_ids": ids, "attention_mask": (ids > 0).long()})
+    held.source = again  # type: ignore[assignment]
+    assert set(rows(held.training())) == everything - measured
+
+
+def test_batches_whose_samples_cannot_be_told_apart_are_held_back_whole() -> None:
+    batches = [{"input_ids": torch.arange(6).view(2, 3) + i, "grid": torch.arange(5)} for i in range(8)]
+    held = HeldOut.__new__(HeldOut)
+    held.limit = sorted(holdout._digests(batch)[0] for batch in batches)[3]
+    parts = [held._part(batch, held=True) for batch in batches]
+    assert sum(part is not None for part in parts) == 3
+    assert all(part is None or part is batch for part, batch in zip(parts, batches, strict=True))
+
+
+def test_validation_of_ones_own_is_all_that_is_measured_on() -> None:
+    data = tiny_batches()
+    held = held_out(data, validation=Batches(tiny_bert(), tiny_batches(2, seed=5)))
+    assert sorted(rows(held.batches)) == sorted(rows(tiny_batches(2, seed=5)))
+    held.source = data  # type: ignore[assignment]
+    assert sorted(rows(held.training())) == sorted(rows(data))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+@pytest.mark.parametrize("lr", [1e-5, 1e-3, 0.3, 10.0])
+def test_recovery_never_ends_worse_on_what_it_holds_back(steps: int, lr: float) -> None:
+    teacher = tiny_bert()
+    small, data = half(teacher), tiny_batches(count=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        after: Any = pp.recover(small, teacher=teacher, data=data, steps=steps, lr=lr, progress=False)
+    outcome = after.recovery
+    held = HeldOut(Batches(teacher, data), max(steps // 2, 16)).batches
+    for model, said in ((small, outcome.before), (after, outcome.after)):
+        assert 1 - fidelity(model, teacher, held) == pytest.approx(said[0], rel=1e-4)
+    assert outcome.after <= outcome.before
+    assert (outcome.after == outcome.before) == (outcome.kept == 0) == bool(caught)
+    if not outcome.kept:
+        assert "training gained nothing on the" in str(caught[0].message)
+        assert all(torch.equal(a, b) for a, b in zip(small.parameters(), after.parameters(), strict=True))
+
+
+def test_a_learning_rate_that_does_harm_is_lowered_and_gains_all_the_same() -> None:
+    """A model that has lost little is harmed by steps that help one that has lost much."""
+    teacher, data = tiny_bert(), tiny_batches(count=40)
+    small = pp.recover(half(teacher), teacher=teacher, data=data, steps=120, lr=1e-2, progress=False)
+    after: Any = pp.recover(small, teacher=teacher, data=data, steps=240, lr=3e-2, progress=False)
+    outcome = after.recovery
+    assert outcome.lr < 3e-2
+    assert outcome.kept > 0
+    assert outcome.after < outcome.before
+    with pytest.warns(UserWarning, match=r"training gained nothing on the \d+ samples .*: what comes back is what was"):
+        hopeless: Any = pp.recover(small, teacher=teacher, data=data, steps=120, lr=30.0, progress=False)
+    assert hopeless.recovery.steps < 120, "it stops where nothing is gained"
 
 
 def test_bad_input_is_refused() -> None:
@@ -160,11 +252,15 @@ def test_bad_input_is_refused() -> None:
     small = half(teacher)
     with pytest.raises(pp.DataError, match="data is empty"):
         pp.recover(small, teacher=teacher, data=[])
-    with pytest.raises(pp.DataError, match="steps=0"):
-        pp.recover(small, teacher=teacher, data=tiny_batches(), steps=0)
+    for wrong in ({"steps": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}):
+        with pytest.raises(pp.SettingError, match=r"steps=\d+ and lr=.* must be positive, and finite"):
+            pp.recover(small, teacher=teacher, data=tiny_batches(), **wrong)
+    one = {"input_ids": torch.arange(5, 12)[None]}
+    with pytest.raises(pp.DataError, match="the data is one sample, of which none can be held back"):
+        pp.recover(small, teacher=teacher, data=[one, one])
     broken = tiny_bert()
     broken.embeddings.word_embeddings.weight.data[:] = float("nan")
-    with pytest.raises(pp.DataError, match="loss is nan at distillation step 0"):
+    with pytest.raises(pp.DataError, match="loss is nan on the samples held back"):
         pp.recover(small, teacher=broken, data=tiny_batches(), steps=2, progress=False)
     with pytest.raises(pp.MismatchError, match="no smaller than its teacher: there is nothing to recover"):
         pp.recover(small, teacher=small, data=tiny_batches())

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -298,6 +299,29 @@ def test_the_page_holds_every_number_and_needs_nothing_else(
     assert not re.search(r"url\((?!#)", page)
 
 
+def test_the_solution_path_is_drawn_where_it_starts_from_zero(
+    tmp_path: Path, family: dict[str, Any], path: SolutionPath
+) -> None:
+    """The sampled dynamics start from a ranking: their lines are flat, and say nothing."""
+    for dynamics, drawn in (("sampled", False), ("lbi", True), ("spp-released", True)):
+        page = publish(tmp_path, family, replace(path, config={"dynamics": dynamics}))
+        assert ("The solution path" in page) == drawn
+        assert page.count("<svg") == len(PICTURES) - (not drawn)
+
+
+def test_the_page_follows_a_dark_screen_and_says_where_to_scroll(
+    tmp_path: Path, family: dict[str, Any], path: SolutionPath
+) -> None:
+    page = publish(tmp_path, family, path)
+    dark = page.split("@media (prefers-color-scheme: dark) {")[1].split("\n}\n")[0]
+    assert ".drawing svg { filter: invert" in dark  # see the pictures' own grounds, below
+    assert "scroll it sideways for all columns" in page.split("<table>")[0]
+    assert "costs" not in page  # a correlation may rise as a model shrinks
+    for name in PICTURES:
+        grounds = re.findall(r'<path d="[^"]*" style="fill: #ffffff', draw(name, family, path))
+        assert not grounds, name
+
+
 def test_the_page_escapes_names(tmp_path: Path, family: dict[str, Any], path: SolutionPath) -> None:
     family["model"]["name"] = HOSTILE
     family["members"][1]["name"] = HOSTILE
@@ -365,7 +389,7 @@ def test_a_missing_library_is_named_with_the_remedy(
 
 
 def test_a_missing_record_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"family\.json does not exist; name the folder"):
+    with pytest.raises(ArtifactError, match=r"family\.json does not exist\. .* `pathprune demo` makes one"):
         write_report(tmp_path)
 
 

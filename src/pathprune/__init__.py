@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from pathprune import data as data
+    from pathprune import errors as errors
+    from pathprune import evaluation as evaluation
+    from pathprune import hub as hub
+    from pathprune import objectives as objectives
+    from pathprune import report as report
     from pathprune.budget import Budget as Budget
     from pathprune.budget import Selection as Selection
     from pathprune.compensation import compensate as compensate
@@ -64,12 +70,16 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
+_MODULES = ("data", "errors", "evaluation", "hub", "objectives", "report")  # of which users call more than is above
+
 # Sliced models load by plain `from_pretrained` once transformers knows us. Importing it here would
 # cost seconds, so it is told when it is imported, or at once if it already is.
 wrapt.register_post_import_hook(lambda module: import_module("pathprune.hub"), "transformers.quantizers.auto")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"pathprune.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pathprune' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"pathprune.{_HOME[name]}"), name)
@@ -77,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

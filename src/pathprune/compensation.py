@@ -32,13 +32,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pathprune.data import Batch, Batches, check_moments
 from pathprune.errors import DataError, MismatchError
 from pathprune.modes import evaluating
 from pathprune.outputs import module_mask, relative_weights
 from pathprune.pairs import Pair
+from pathprune.progress import track
 
 if TYPE_CHECKING:
     from pathprune.path import SolutionPath
@@ -66,7 +66,7 @@ def compensate(
         model: the dense model; untouched.
         data: re-iterable of model-input dicts, unlabelled. A map with N inputs wants several N tokens.
         count: at most this many batches are read.
-        progress: show a bar; by default only on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default a bar on a terminal and nothing elsewhere.
 
     Raises:
         MismatchError: the path is of another model, or of one whose units are sorted.
@@ -111,9 +111,8 @@ def gather(
     handles = [model.get_submodule(hook.module).register_forward_hook(hook) for hook in hooks.values()]
     try:
         with torch.no_grad(), evaluating(model):
-            hidden = None if progress is None else not progress
             first = islice(batches.once(), count)
-            for batch in tqdm(first, desc="statistics", unit="batch", disable=hidden, leave=False):
+            for batch in track(first, desc="statistics", unit="batch", progress=progress, leave=False):
                 for hook in hooks.values():
                     hook.real = module_mask(model, batch, hook.module)
                 seen(batch, model(**batch))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
+import math
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.errors import DataError
+from pathprune.errors import DataError, SettingError
+from pathprune.reading import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from pathprune.reading import image_files
+from pathprune.reading import read_texts as read_texts
 
 Batch = dict[str, Tensor]
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+Text = str | Sequence[Mapping[str, Any]]  # or a conversation: messages with role and content
 
 
 class Batches:
@@ -118,54 +121,76 @@ def check_moments(moment: Tensor, what: str) -> None:
         raise DataError(f"what {what} computes is not finite; check the data, or load the model in float32")
 
 
-def read_texts(file: str | Path, field: str = "text") -> list[str]:
-    """Texts of a file: one a line, or one JSON object a line (``.jsonl``) with the text in ``field``.
-
-    Raises:
-        DataError: the file cannot be read, holds no text, or lacks the field.
-    """
-    path = Path(file)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [str(json.loads(line)[field]) for line in lines] if path.suffix == ".jsonl" else lines
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is not text: {error!r}. It needs one text a line in UTF-8, "
-            f"or a .jsonl with {field!r} in each object"
-        ) from error
-    if not texts:
-        raise DataError(f"{path} is empty; it needs one text a line")
-    return texts
-
-
-def tokenized(texts: Sequence[str], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128) -> list[Batch]:
+def tokenized(
+    texts: Sequence[Text], tokenizer: Any, *, batch_size: int = 16, max_length: int = 128, prefix: str = ""
+) -> list[Batch]:
     """Batches of model inputs, each padded to its longest text.
 
     Args:
-        tokenizer: of ``transformers``.
+        texts: all of them texts, or all conversations, which the tokenizer's chat template writes out.
+        tokenizer: of ``transformers``; it puts special tokens and padding where the model expects them.
         max_length: in tokens; longer texts are cut.
+        prefix: what stands before every text where the model is used (``served``), such as ``"query: "``.
 
     Raises:
-        DataError: the tokenizer has no padding token, or does not know most of the words.
+        DataError: the tokenizer has no padding token, or does not know most of the words; a conversation is none, or
+            the tokenizer has no chat template.
     """
     if tokenizer.pad_token is None:
         raise DataError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
+    chat = len(texts) > 0 and not isinstance(texts[0], str)
+    options = {"add_special_tokens": False} if chat else {}  # a template writes them all
+    rows: list[Any] = list(texts)
+    rows = [chat_text(row, tokenizer) for row in rows] if chat else [prefix + row for row in rows]
     batches: list[Batch] = [
         dict(
             tokenizer(
-                list(texts[start : start + batch_size]),
+                rows[start : start + batch_size],
                 truncation=True,
                 max_length=max_length,
                 padding=True,
                 return_tensors="pt",
+                **options,
             )
         )
-        for start in range(0, len(texts), batch_size)
+        for start in range(0, len(rows), batch_size)
     ]
     _check_known([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches], tokenizer)
     return batches
+
+
+def chat_text(conversation: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """A conversation as the tokenizer's chat template writes it, with every special token; where the user has the last
+    word, up to where the model answers.
+
+    Raises:
+        DataError: it is no list of messages, or the tokenizer has no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(f"conversations need a chat template, and the {type(tokenizer).__name__} has none; pass texts")
+    if not conversation or not all(
+        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in conversation
+    ):
+        raise DataError('a conversation is a list of messages, {"role": "user", "content": "..."} each, and not empty')
+    asks = conversation[-1]["role"] != "assistant"
+    return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=asks))
+
+
+def token_lengths(texts: Sequence[Text], tokenizer: Any) -> list[int]:
+    """Tokens of each of a thousand texts, spread over all, uncut; sorted."""
+    some = texts[:: max(1, len(texts) // 1000)]
+    sample = [text if isinstance(text, str) else chat_text(text, tokenizer) for text in some]
+    return sorted(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"])
+
+
+def fitting_length(lengths: Sequence[int], most: int = 512) -> int:
+    """The length at which to cut texts so that 95 % of them stay whole: a multiple of 8, where ``most`` allows.
+
+    Args:
+        lengths: sorted, of at least one text.
+    """
+    held = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    return min(math.ceil(held / 8) * 8, most)
 
 
 def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
@@ -187,65 +212,147 @@ def _check_known(ids: Sequence[Tensor], tokenizer: Any) -> None:
         )
 
 
-def packed(texts: Iterable[str], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
+def packed(texts: Iterable[Text], tokenizer: Any, *, batch_size: int = 16, length: int = 128) -> list[Batch]:
     """Batches of full windows, for language models: the texts in one row, each closed by the end-of-text token.
 
-    Nothing is padded and no token is wasted, and windows are as long as the text that such a model
-    will read, not as its lines. What is left over at the end is dropped.
+    Nothing is padded, and windows are as long as the text that such a model will read, not as its lines. Every window
+    begins as the tokenizer begins a text: one that is cut from the middle of a text gets the tokens which the tokenizer
+    puts first (Llama, Gemma, Mistral: one; Qwen, SmolLM2: none), because models that learned with such a token are far
+    from themselves without it. What is left over at the end is dropped.
 
     Args:
+        texts: or conversations, which the tokenizer's chat template writes out and closes.
         tokenizer: of ``transformers``.
         length: of a window, in tokens.
 
     Raises:
-        DataError: the texts do not fill one window, or the tokenizer does not know most of the words.
+        SettingError: a window holds no more than what the tokenizer puts first.
+        DataError: the texts do not fill one window, or the tokenizer does not know most of the words; a conversation
+            is none, or the tokenizer has no chat template.
     """
-    ids: list[int] = []
-    end = tokenizer.eos_token_id
+    begin = first_tokens(tokenizer)
+    if length <= len(begin):
+        raise SettingError(f"length={length} leaves no room for text: {len(begin)} tokens stand first in every window")
+    end, count = tokenizer.eos_token_id, 0
+    rows: list[list[int]] = []
+    row: list[int] = []
     for text in texts:
-        ids += tokenizer(text)["input_ids"]
-        if end is not None and ids and ids[-1] != end:
-            ids.append(end)
-    windows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).unflatten(0, (-1, length))
-    if not len(windows):
-        raise DataError(
-            f"the texts have {len(ids)} tokens, less than one window of {length}; pass more or a shorter one"
-        )
+        if isinstance(text, str):
+            ids = list(tokenizer(text)["input_ids"])
+            if end is not None and ids and ids[-1] != end:
+                ids.append(end)
+        else:
+            ids = list(tokenizer(chat_text(text, tokenizer), add_special_tokens=False)["input_ids"])
+        count, at = count + len(ids), 0
+        while at < len(ids):
+            if at and not row:
+                row = list(begin)
+            part = ids[at : at + length - len(row)]
+            row, at = row + part, at + len(part)
+            if len(row) == length:
+                rows.append(row)
+                row = []
+    if not rows:
+        raise DataError(f"the texts have {count} tokens, less than one window of {length}; pass more or a shorter one")
+    windows = torch.tensor(rows, dtype=torch.long)
     _check_known([windows.flatten()], tokenizer)
     return [{"input_ids": part} for part in windows.split(batch_size)]
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, such as a token for its beginning; empty for many."""
+    text = "a b"
+    plain, whole = (tokenizer(text, **options)["input_ids"] for options in ({"add_special_tokens": False}, {}))
+    places = range(len(whole) - len(plain) + 1)  # of the text in the whole; some tokenizers close it, too
+    place = min(places, key=lambda i: sum(a != b for a, b in zip(whole[i:], plain, strict=False)))
+    return list(whole[:place])
 
 
 class Images:
     """Batches of a folder's images, in a fixed shuffled order; read anew at every pass, so they need not fit in memory.
 
+    An image that cannot be read is left out, with a warning that names it.
+
     Args:
         folder: searched with its subfolders.
         processor: an image processor of ``transformers``, which scales and normalises as the model expects.
+        max_bad: how many images may be left out.
+        labels: name of a subfolder -> label of the images in it, for the objective ``task``.
+
+    Attributes:
+        bad: the images left out so far, and why.
 
     Raises:
-        DataError: there is no image, or Pillow is not installed.
+        DataError: there is no image, more than ``max_bad`` cannot be read, a subfolder has no label, or Pillow is not
+            installed.
     """
 
-    def __init__(self, folder: str | Path, processor: Any, *, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        processor: Any,
+        *,
+        batch_size: int = 16,
+        max_bad: int = 10,
+        labels: Mapping[str, int] | None = None,
+    ) -> None:
         try:
             import PIL.Image
+            import PIL.ImageOps
         except ImportError as error:
             raise DataError("images are read with Pillow, which is not installed; pip install pillow") from error
-        self.open = PIL.Image.open
-        self.processor, self.batch_size = processor, batch_size
-        self.files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise DataError(f"{folder} holds no image; it needs files that end in {', '.join(IMAGE_SUFFIXES)}")
+        self.open, self.upright = PIL.Image.open, PIL.ImageOps.exif_transpose
+        self.processor, self.batch_size, self.max_bad, self.labels = processor, batch_size, max_bad, labels
+        self.files = image_files(folder)
+        self.bad: dict[Path, str] = {}
+        if labels is not None and (unknown := sorted({file.parent.name for file in self.files} - set(labels))):
+            raise DataError(
+                f"{folder}: the subfolder {unknown[0]!r} is none of the model's labels "
+                f"({_some(sorted(labels, key=labels.__getitem__))}); images are labelled by their subfolders' names"
+            )
         random.Random(0).shuffle(self.files)  # folders are often sorted by class
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.files), self.batch_size):
-            images = [self._read(file) for file in self.files[start : start + self.batch_size]]
-            yield dict(self.processor(images, return_tensors="pt"))
+        images: list[tuple[Path, Any]] = []
+        for file in self.files:
+            if file not in self.bad and (image := self._read(file)) is not None:
+                images.append((file, image))
+            if len(images) == self.batch_size:
+                yield self._batch(images)
+                images = []
+        if images:
+            yield self._batch(images)
+        if len(self.bad) == len(self.files):
+            raise DataError(self._refusal())
+
+    def _batch(self, images: list[tuple[Path, Any]]) -> Batch:
+        batch: Batch = dict(self.processor([image for _, image in images], return_tensors="pt"))
+        if self.labels is not None:
+            batch["labels"] = torch.tensor([self.labels[file.parent.name] for file, _ in images])
+        return batch
 
     def _read(self, file: Path) -> Any:
+        """The image; None where it cannot be read."""
         try:
             with self.open(file) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise DataError(f"cannot read the image {file}: {error}") from error
+                return self.upright(image).convert("RGB")  # as the pipelines of transformers do
+        except Exception as error:  # of any kind: Pillow has a reader for each format
+            self.bad[file] = str(error).partition(f" {str(file)!r}")[0] or type(error).__name__
+        if len(self.bad) > self.max_bad:
+            raise DataError(self._refusal())
+        warnings.warn(f"cannot read the image {file}: {self.bad[file]}; it is left out", stacklevel=2)
+        return None
+
+    def _refusal(self) -> str:
+        file, reason = next(iter(self.bad.items()))
+        others = f" (and {len(self.bad) - 1} others)" if len(self.bad) > 1 else ""
+        return (
+            f"cannot read the image {file}{others}: {reason}; of {len(self.files)} images, at most "
+            f"max_bad={self.max_bad} may be left out, and not all"
+        )
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The first few of them, for an error."""
+    first = [str(name)[:40] for name in islice(names, 9)]
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")

@@ -197,7 +197,13 @@ def run(
     began = time.perf_counter()
     settings: dict[str, Any] = {"steps": steps, "seed": seed, "bf16": bf16}
     path = search(
-        dense, data[:SEARCH_BATCHES], objective="embedding", out=out / "path", overwrite=overwrite, **settings
+        dense,
+        data[:SEARCH_BATCHES],
+        objective="embedding",
+        out=out / "path",
+        overwrite=overwrite,
+        progress=True,
+        **settings,
     )
     seconds["search"] = time.perf_counter() - began
 

@@ -84,7 +84,8 @@ def find_pairs(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Pai
             linears = sum(is_map(module) for module in model.modules())
             raise UnsupportedModelError(
                 f"{type(model).__name__}: no attention or MLP in a known layout among its {linears} linear maps. "
-                f"{_reasons(refused)}See docs/architectures.md for what is supported"
+                f"{_reasons(refused)}What is found are attention's query, key, value and output maps and MLPs' up and "
+                "down maps, under the names that transformers and timm give them"
             )
         found: dict[int, list[Pair]] = {}
         groups, calls, shared = _capture(model, batch, candidates)

@@ -46,15 +46,29 @@ def fidelity(
     Raises:
         DataError: the data is empty, or does not fit the model or the objective.
     """
-    batches = Batches(model, data)
+    return fidelities([model], teacher, data, objective)[0]
+
+
+def fidelities(
+    models: Sequence[nn.Module],
+    teacher: nn.Module | Targets,
+    data: Iterable[Mapping[str, Tensor]],
+    objective: str | Objective = "auto",
+) -> list[float]:
+    """``fidelity`` of several models, batch by batch, so that the dense model runs once for all."""
+    batches = Batches(models[0], data)
     if isinstance(teacher, nn.Module):
         teacher = Targets(teacher, get_objective(objective, teacher, batches.first))
-    total, count = 0.0, 0
-    with evaluating(model), evaluating(teacher.teacher), torch.no_grad():
+    totals, count = [0.0] * len(models), 0
+    with ExitStack() as modes, torch.no_grad():
+        for model in (*models, teacher.teacher):
+            modes.enter_context(evaluating(model))
         for batch in batches.once():
-            total += samples(batch) * float(teacher.objective.loss(model(**batch), batch, teacher(batch)))
+            target = teacher(batch)
+            for i, model in enumerate(models):
+                totals[i] += samples(batch) * float(teacher.objective.loss(model(**batch), batch, target))
             count += samples(batch)
-    return 1 - total / count
+    return [1 - total / count for total in totals]
 
 
 def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds: float = 2.0) -> list[float]:

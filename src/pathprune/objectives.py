@@ -7,6 +7,9 @@
 | ``logits`` | divergence of output distributions | causal and masked LMs, seq2seq, classifiers |
 | ``task`` | none: the model's own loss on labels | models that return a loss |
 
+``embedding`` and ``hidden`` pool tokens as the model's folder says (``pathprune.serving``), or as a name
+says that ends in ``-mean``, ``-class`` or ``-last``.
+
 ``auto`` chooses among the first three (``auto``). Only ``task`` needs labels. An objective sees a
 model's outputs and the batch they came from; all are computed in float32 or better.
 """
@@ -22,13 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathprune.errors import DataError
+from pathprune.errors import DataError, SettingError
 from pathprune.modes import caching, evaluating
 from pathprune.outputs import Batch, last_hidden, pooled, real_tokens, samples, towers
+from pathprune.serving import Served, served
 
 TARGET_CACHE_BYTES = 2**30
 TARGET_BYTES = 2**25  # a larger target is made anew each time: a vocabulary's logits would fill the cache at once
 
+POOLINGS = ("mean", "class", "last")
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
@@ -51,8 +56,8 @@ class Objective(Protocol):
 class EmbeddingObjective:
     """One minus the cosine of embeddings: mean over samples, and over towers where there are several.
 
-    The embedding is the model's own where it returns one (the towers of CLIP and its like), else the
-    mean of the last hidden state over the real tokens.
+    The embedding is the model's own where it returns one (the towers of CLIP and its like), else made of the
+    last hidden state over the real tokens. It must be the one that users read.
 
     With unit embeddings u, 1 - cos = |u - u'|^2 / 2, so H in u is the identity, and xi ~ N(0, 1) for
     each entry makes sum(u * xi) a probe.
@@ -60,10 +65,16 @@ class EmbeddingObjective:
     Args:
         class_token: the first token is a learned class token; the embedding is [class token, mean of
             the others], (B, 2d), the features that DINOv2 and its like are used with.
+        pooling: ``"mean"``; ``"class"``, the first token (BGE, GTE); or ``"last"`` (embedders made of a decoder).
+
+    Raises:
+        SettingError: there is no such pooling.
     """
 
-    def __init__(self, class_token: bool = False) -> None:
-        self.class_token = class_token
+    def __init__(self, class_token: bool = False, pooling: str = "mean") -> None:
+        if pooling not in POOLINGS:
+            raise SettingError(f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}")
+        self.pooling = "class and mean" if class_token else pooling
 
     def embeddings(self, outputs: Any, batch: Batch) -> Tensor:
         """(rows, d): a row for each sample, and for each tower if there are several."""
@@ -73,7 +84,7 @@ class EmbeddingObjective:
     def mean_hidden(self, outputs: Any, batch: Batch) -> Tensor:
         """(B, d) or (B, 2d)."""
         hidden = last_hidden(outputs)
-        return pooled(_float(hidden), real_tokens(outputs, batch, hidden.shape[1]), self.class_token)
+        return pooled(_float(hidden), real_tokens(outputs, batch, hidden.shape[1]), self.pooling)
 
     def target(self, outputs: Any, batch: Batch) -> Tensor:
         return self.embeddings(outputs, batch)
@@ -104,7 +115,7 @@ class HiddenObjective(EmbeddingObjective):
     def loss(self, outputs: Any, batch: Batch, target: Tensor) -> Tensor:
         real = real_tokens(outputs, batch, target.shape[1])
         apart = 1 - F.cosine_similarity(self.tokens(outputs, batch), target[real], dim=-1)
-        return super().loss(outputs, batch, pooled(target, real, self.class_token)) + apart.mean()
+        return super().loss(outputs, batch, pooled(target, real, self.pooling)) + apart.mean()
 
     def probe(self, outputs: Any, batch: Batch, noise: torch.Generator) -> Tensor:
         unit = F.normalize(self.tokens(outputs, batch), dim=-1)
@@ -185,28 +196,38 @@ def get_objective(
     """An objective by name, made for the model; or the object itself.
 
     Args:
-        objective: ``"auto"``, ``"embedding"``, ``"hidden"``, ``"logits"``, ``"task"``, or an object.
+        objective: ``"auto"``, ``"embedding"``, ``"hidden"``, ``"logits"``, ``"task"``, ``"embedding-class"`` and the
+            like with another pooling than the model's folder names, or an object.
         batch: on the model's device; ``auto`` runs the model on it once.
         encoder: see ``auto``.
 
     Raises:
-        DataError: there is no such objective, or ``auto`` finds none for the model.
+        DataError: there is no such objective, ``auto`` finds none for the model, or its folder names a pooling that
+            is not known here.
+        ArtifactError: its folder does not say its pooling as sentence-transformers writes it.
     """
     if not isinstance(objective, str):
         return objective
     if objective == "auto":
         with evaluating(model), caching(model, True), torch.no_grad():  # a decoder shows itself by its cache
             objective = auto(model, model(**batch), encoder=encoder)
-    match objective:
-        case "embedding":
-            return EmbeddingObjective(_class_token(model))
-        case "hidden":
-            return HiddenObjective(_class_token(model))
-        case "logits":
-            return LogitsObjective(_config(model, "problem_type") == "multi_label_classification")
-        case "task":
-            return TaskObjective()
-    raise DataError(f"objective={objective!r} is not one of auto, embedding, hidden, logits, task")
+        if objective == "hidden" and _served(model):  # a decoder or the like that embeds sentences
+            objective = encoder
+    name, _, pooling = objective.partition("-")
+    if objective == name or (name in ("embedding", "hidden") and pooling in POOLINGS):
+        match name:
+            case "embedding":
+                return EmbeddingObjective(*_pooling(model, pooling))
+            case "hidden":
+                return HiddenObjective(*_pooling(model, pooling))
+            case "logits":
+                return LogitsObjective(_config(model, "problem_type") == "multi_label_classification")
+            case "task":
+                return TaskObjective()
+    raise DataError(
+        f"objective={objective!r} is not one of auto, embedding, hidden, logits, task, nor embedding or hidden with "
+        f"-{', -'.join(POOLINGS)}"
+    )
 
 
 def auto(model: nn.Module, outputs: Any, *, encoder: str = "embedding") -> str:
@@ -244,9 +265,12 @@ def auto(model: nn.Module, outputs: Any, *, encoder: str = "embedding") -> str:
 
 
 def objective_name(objective: Objective) -> str:
-    """``"embedding"``, ...; of a user's own class, its name."""
+    """``"embedding"``, ``"embedding-class"``, ...; of a user's own class, its name."""
     kind = type(objective).__qualname__
-    return kind.removesuffix("Objective").lower() if type(objective).__module__ == __name__ else kind
+    if type(objective).__module__ != __name__:
+        return kind
+    pooling = getattr(objective, "pooling", "mean")
+    return kind.removesuffix("Objective").lower() + (f"-{pooling}" if pooling in ("class", "last") else "")
 
 
 def _float(x: Tensor) -> Tensor:
@@ -265,6 +289,25 @@ def _class_token(model: nn.Module) -> bool:
     """Whether an image model has a learned class token (not so Swin or SigLIP)."""
     names = (name.rpartition(".")[2] for name, _ in model.named_parameters())
     return getattr(model, "main_input_name", "") == "pixel_values" and any(name in CLASS_TOKENS for name in names)
+
+
+def _pooling(model: nn.Module, asked: str) -> tuple[bool, str]:
+    """Whether class token and mean both count, and else which pooling: what was asked for, or what the folder says."""
+    if asked:
+        return False, asked
+    use = _served(model)
+    if use and use.pooling not in POOLINGS:
+        raise DataError(
+            f"{_config(model, '_name_or_path')} pools by {use.pooling!r}, which is not known here; choose "
+            "objective='embedding-mean', or pass an object with the methods of pathprune.objectives.Objective"
+        )
+    return (False, use.pooling) if use else (_class_token(model), "mean")
+
+
+def _served(model: nn.Module) -> Served | None:
+    """How the folder or the hub's files that a model was loaded from say that it is used."""
+    source = _config(model, "_name_or_path")
+    return served(source) if source else None
 
 
 def _config(model: nn.Module, name: str) -> Any:

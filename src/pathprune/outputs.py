@@ -70,12 +70,20 @@ def _decoder_mask(batch: Batch) -> Tensor | None:
     return batch.get("decoder_attention_mask", None if labels is None else labels != -100)
 
 
-def pooled(hidden: Tensor, real: Tensor, class_token: bool = False) -> Tensor:
-    """Mean of a hidden state (B, T, d) over the real tokens (B, T), (B, d); or [first token, mean of the others]."""
-    if class_token:
+def pooled(hidden: Tensor, real: Tensor, pooling: str = "mean") -> Tensor:
+    """One row for each sample of a hidden state (B, T, d), by its real tokens (B, T).
+
+    Args:
+        pooling: ``"mean"``, ``"class"`` (the first real token) or ``"last"``, (B, d), whichever side is padded; or
+            ``"class and mean"``, [first token, mean of the others], (B, 2d).
+    """
+    if pooling == "class and mean":
         return torch.cat([hidden[:, 0], pooled(hidden[:, 1:], real[:, 1:])], dim=-1)
-    weight = real.unsqueeze(-1).to(hidden)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+    if pooling == "mean":
+        weight = real.unsqueeze(-1).to(hidden)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+    first, last = real.int().argmax(1), real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), first if pooling == "class" else last]
 
 
 def samples(batch: Batch) -> int:

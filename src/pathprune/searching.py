@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pathprune.artifact import read_artifact, remove_artifact, write_artifact
 from pathprune.basis import Calibration, calibrate, sensitivity
@@ -30,6 +30,7 @@ from pathprune.order import UNITS, Unit
 from pathprune.outputs import samples
 from pathprune.pairs import PairList
 from pathprune.path import Floats, SolutionPath, Trajectory, library_versions
+from pathprune.progress import track
 
 Dynamics = Literal["sampled", "lbi", "spp-released"]
 
@@ -38,6 +39,7 @@ CHECKPOINT_EVERY = 50  # steps
 CURVATURE_SHARE = 6  # one step in so many
 BASIS_SHARE = 4  # of these batches, one in so many is read once more
 STATISTICS_BATCHES = 64
+FEW_STEPS = 20
 OUTPUT_LR = 0.01
 RATES = ("fill_lr", "slope_lr", "output_lr")
 RESUMING = {"a finished path": "load it", "an unfinished search": "go on with it"}
@@ -170,7 +172,7 @@ def search(
             search that had finished is loaded.
         overwrite: search anew where ``out`` holds a search, finished or not. A path that is there stays until the new
             one replaces it.
-        progress: show a bar; by default only on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default a bar on a terminal and nothing elsewhere.
         **settings: ``unit=``, ``multiple=``, ``basis=``, ``fill=``, ``compensate=`` and the other fields of
             ``SearchConfig``.
 
@@ -184,6 +186,12 @@ def search(
     if unknown := sorted(set(settings) - known):
         raise DataError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(sorted(known))}")
     config = SearchConfig(dynamics=dynamics, steps=steps, seed=seed, **settings)
+    if steps < FEW_STEPS:
+        warnings.warn(
+            f"steps={steps} is few: {config.curvature_steps} measure curvature, and {config.path_steps} find the path. "
+            "That tries a set-up; for a path to use, take 100 at the least (by default it is 400)",
+            stacklevel=2,
+        )
     if resume and out is None:
         raise ArtifactError("resume=True needs out=, the folder of the search to go on with")
     if resume and overwrite:
@@ -243,7 +251,7 @@ class _Run:
     ) -> None:
         self.model, self.pairs, self.batches, self.objective = model, pairs, batches, objective
         self.config, self.out = config, out
-        self.hidden = None if progress is None else not progress  # tqdm: None shows the bar on a terminal only
+        self.progress = progress
         self.sizes = [pair.groups * pair.units for pair in pairs]
         self.params = self._by_unit([pair.unit_params for pair in pairs])
         self.noise = torch.Generator().manual_seed(config.seed)
@@ -286,7 +294,7 @@ class _Run:
                     self.batches,
                     self.found.basis,
                     count=STATISTICS_BATCHES,
-                    progress=None if self.hidden is None else not self.hidden,
+                    progress=self.progress,
                     seen=self.targets.remember,
                 )
             if self.out is not None:
@@ -348,8 +356,9 @@ class _Run:
             attach_masks(self.model, self.pairs, self.masks, self.fills, self.found.basis),
             sensitivity(self.model, watched, {} if gramians is None else gramians),
         ):
-            what = "curvature" if gramians is None else "bases"
-            for batch in tqdm(batches, desc=what, unit="step", disable=self.hidden, leave=False):
+            what, rest = ("curvature", 0) if gramians is None else ("bases", self.config.curvature_steps)
+            rest += self.config.path_steps
+            for batch in track(batches, desc=what, unit="step", progress=self.progress, leave=False, rest=rest):
                 ones = torch.ones(samples(batch), sum(self.sizes), device=self.batches.device, requires_grad=True)
                 self.masks.update(self.split(ones))
                 with self.precision():
@@ -408,7 +417,7 @@ class _Run:
     def finish(self) -> SolutionPath:
         """Run the steps that are left and return the path."""
         config = self.config
-        bar = tqdm(total=config.path_steps, initial=self.done, desc="search", unit="step", disable=self.hidden)
+        bar = track(total=config.path_steps, initial=self.done, desc="search", unit="step", progress=self.progress)
         stream = islice(iter(self.batches), config.curvature_steps + self.done, None)
         try:
             with bar, self.attached():

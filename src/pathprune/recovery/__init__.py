@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,10 +15,9 @@ from pathprune.data import Batches
 from pathprune.errors import MismatchError
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
-from pathprune.recovery.distill import distill, low_rank, trainable
+from pathprune.recovery.distill import Outcome as Outcome
+from pathprune.recovery.distill import distill, low_rank, trainable, warn_of_nothing
 from pathprune.recovery.nested import elastic as elastic
-
-LR = 1e-3  # of a model that has lost everything
 
 
 def recover(
@@ -33,41 +31,59 @@ def recover(
     seed: int = 0,
     bf16: bool = False,
     lora_rank: int | None = None,
+    validation: Iterable[Mapping[str, Tensor]] | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """A copy of ``small``, of the same shape, trained to imitate ``teacher``; both are untouched.
+
+    One sample in ten (of few, more) is held back, and the weights that were best on those come back: never worse than
+    ``small`` by the ``fidelity`` to the dense model. Where nothing was gained a warning says so, and ``small`` comes
+    back as it is. ``.recovery`` of the returned model has the figures (``Outcome``).
 
     Args:
         small: sliced from ``teacher``.
         teacher: the dense model; or its remembered outputs, where several sizes are distilled on the same data.
         data: re-iterable of model-input dicts.
-        lr: peak learning rate. By default 1e-3 times the share of the trained parameters that slicing took away, to
-            the power of 1.5: what lost little has little to make good, and is harmed by steps that help what lost much
-            (``docs/recovery.md``).
-        steps: batches to train on, with AdamW on a one-cycle schedule.
+        lr: peak learning rate; by default it goes by what is imitated and by the share of the trained parameters that
+            slicing took away (``default_lr``). Where training makes things worse, it is lowered on the way.
+        steps: batches to train on at most, with AdamW on a one-cycle schedule; fewer where nothing more is gained.
         objective: what is imitated, as for ``search``; but of an encoder ``"auto"`` imitates every token's last
             hidden state (``hidden``), not the embedding alone. Where ``teacher`` is a ``Targets``, its own counts.
         seed: of everything random.
         bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
         lora_rank: train an update of this rank of every linear map, and biases and norms; by default all weights but
             the embedding tables. A low rank wants about three times the learning rate.
+        validation: data to choose the best weights on, in place of samples held back; where ``data`` gives every
+            sample in another form at each pass (augmented images), none can be held back.
         progress: show a bar; by default only on a terminal.
 
     Raises:
         MismatchError: ``small`` was not sliced from a model like ``teacher``.
-        DataError: empty data, wrong keys, a loss that is not finite, or a bad setting.
+        SettingError: a setting is out of range.
+        DataError: empty data or one sample alone, wrong keys, or a loss that is not finite.
     """
     dense = teacher.teacher if isinstance(teacher, Targets) else teacher
     _check_sliced(small, dense)
     batches = Batches(dense, data)
     student = copy.deepcopy(small)
-    if lr is None:
-        lr = LR * (1 - _trained_size(small) / _trained_size(dense)) ** 1.5
-    hidden = None if progress is None else not progress
     update = nullcontext() if lora_rank is None else low_rank(student, lora_rank, seed)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
     with evaluating(dense), evaluating(student), update as trained:
-        distill(student, teacher, batches, hidden=hidden, trained=trained, **settings)
+        outcome = distill(
+            student,
+            teacher,
+            batches,
+            progress=progress,
+            steps=steps,
+            lr=lr,
+            gone=1 - _trained_size(small) / _trained_size(dense),
+            objective=objective,
+            seed=seed,
+            bf16=bf16,
+            validation=None if validation is None else Batches(dense, validation),
+            trained=trained,
+        )
+    warn_of_nothing(outcome)
+    student.recovery = outcome  # type: ignore[assignment]
     return student
 
 

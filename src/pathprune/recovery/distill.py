@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from pathprune.data import Batches, check_finite
-from pathprune.errors import DataError
+from pathprune.data import Batch, Batches, check_finite
+from pathprune.errors import SettingError
 from pathprune.modes import mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective
+from pathprune.outputs import samples
+from pathprune.progress import track
+from pathprune.recovery.holdout import HeldOut
+
+LR = 1e-3  # of a model that has lost everything
+MOST_READ = 128  # batches, for samples to hold back
+LOWERED = 3  # times, the learning rate where training did harm
+MOST_FALLS = 4
 
 
 class _LowRank(nn.Module):
@@ -39,7 +48,7 @@ def low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Param
     (LoRA: Hu et al., ICLR 2022.)
     """
     if rank < 1:
-        raise DataError(f"lora_rank={rank} must be positive")
+        raise SettingError(f"lora_rank={rank} must be positive")
     noise = torch.Generator().manual_seed(seed)
     weights = {id(parameter) for parameter in trainable(student)}
     maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in weights]
@@ -55,37 +64,80 @@ def low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Param
             remove_parametrizations(module, "weight")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What training did, by the loss on samples that it did not train on.
+
+    Attributes:
+        before, after: mean loss at the start and of what was kept; of each size, where several are trained at once.
+            One minus it is the ``fidelity`` that ``pathprune evaluate`` gives.
+        samples: held back to measure on.
+        kept: the step after which the weights were best; 0 where nothing was gained.
+        steps: that were run.
+        lr: peak learning rate, after it was lowered where training did harm.
+    """
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    samples: int
+    kept: int
+    steps: int
+    lr: float
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(self.before, self.after, strict=True))
+        return f"loss on {self.samples} samples held back {parts} (step {self.kept} of {self.steps}, lr {self.lr:.1e})"
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module | Targets,
     batches: Batches,
     *,
-    hidden: bool | None,
+    progress: bool | None,
     steps: int,
-    lr: float,
+    lr: float | None,
+    gone: float,
     objective: str | Objective,
     seed: int,
     bf16: bool,
+    validation: Batches | None = None,
     trained: Sequence[nn.Parameter] | None = None,
     beside: Sequence[Tensor] = (),
     beside_lr: float = 0.0,
     before: Callable[[int], object] | None = None,
-) -> None:
+    sizes: Sequence[Callable[[], object]] = (lambda: None,),
+) -> Outcome:
     """Train in place with AdamW on a one-cycle schedule; weights of 16 bits by way of copies of 32.
 
+    Some samples are held back. The loss on them (of an encoder that of its embeddings, as in ``fidelity``) is measured
+    at the start and up to twelve times on the way, and the best weights are what is left in the end: the start itself,
+    if nothing was better. Where training has made things worse than they were at the start, it goes on from the best
+    weights at a third of the learning rate; after four such falls, it stops.
+
     Args:
-        hidden: whether the bar is; ``None`` shows it on a terminal only.
+        progress: see ``pathprune.progress.track``.
+        lr: peak learning rate; ``None`` goes by the loss and by ``gone``.
+        gone: share of the trained parameters that slicing took away.
+        validation: data to measure on, in place of samples held back.
         trained: parameters to train; by default all but the embedding tables.
         beside: tensors to train beside the weights, without weight decay, at ``beside_lr``.
         before: is called with the number of each step before the student runs.
+        sizes: each brings the student to a size at which it is measured; none may end worse than it began.
 
     Raises:
-        DataError: ``steps`` or ``lr`` is not positive, or the loss is not finite.
+        SettingError: ``steps`` or ``lr`` is out of range.
+        DataError: the loss is not finite, or the data is one sample.
     """
-    if steps < 1 or lr <= 0:
-        raise DataError(f"steps={steps} and lr={lr} must be positive")
+    if steps < 1 or (lr is not None and not 0 < lr < math.inf):
+        raise SettingError(f"steps={steps} and lr={lr} must be positive, and finite")
     if isinstance(teacher, nn.Module):
-        teacher = Targets(teacher, get_objective(objective, teacher, batches.first, encoder="hidden"))
+        goal, measure = (get_objective(objective, teacher, batches.first, encoder=e) for e in ("hidden", "embedding"))
+        judge = Targets(teacher, measure)
+        teacher = judge if type(goal) is type(measure) else Targets(teacher, goal)
+    else:
+        judge = teacher
+    lr = default_lr(teacher.objective, batches.first, gone) if lr is None else lr
     trained = trainable(student) if trained is None else trained
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
@@ -93,41 +145,153 @@ def distill(
             parameter.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        masters = [p.detach().float() if p.itemsize < 4 else p for p in trained]  # small steps would round away
-        optimizer, peaks = torch.optim.AdamW(masters, lr=lr, betas=(0.95, 0.98), weight_decay=0.01), [lr]
-        if beside:
-            optimizer.add_param_group({"params": list(beside), "weight_decay": 0.0})
-            peaks.append(beside_lr)
-        warm_up = 0.1 if steps >= 10 else 0.0  # OneCycleLR divides by its length in steps less one, which may be 0
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=warm_up)
-        stream = iter(batches)
-        bar = tqdm(range(steps), desc="distil", unit="step", disable=hidden)
-        with bar, torch.inference_mode(False), torch.enable_grad(), seeded(seed, batches.device):
-            for step in bar:
-                batch = next(stream)
-                if before is not None:
-                    before(step)
-                with mixed(student, bf16):
-                    target, outputs = teacher(batch), student(**batch)
-                loss = teacher.objective.loss(outputs, batch, target)
-                value = check_finite(loss, f"at distillation step {step}")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                halves = [(p, master) for p, master in zip(trained, masters, strict=True) if p is not master]
-                for parameter, master in halves:
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-                    parameter.grad = None
-                torch.nn.utils.clip_grad_norm_(masters, 1.0)
-                optimizer.step()
-                with torch.no_grad():
-                    for parameter, master in halves:
-                        parameter.copy_(master)
-                schedule.step()
-                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+        with torch.inference_mode(False), torch.enable_grad(), seeded(seed, batches.device):
+            run = _Training(student, teacher, judge, bf16, trained, beside, lr, beside_lr, steps)
+            held = HeldOut(batches, min(max(steps // 2, 16), MOST_READ), validation)
+            marks = {round(steps * (i + 1) / run.checks) for i in range(run.checks)}
+
+            def measured() -> tuple[float, ...]:
+                losses = []
+                for size in sizes:
+                    size()
+                    losses.append(run.loss(held.batches))
+                return tuple(losses)
+
+            stream = held.training()
+            run.begin(measured())
+            with track(total=steps, desc="distil", unit="step", progress=progress) as bar:
+                for step in range(steps):
+                    if before is not None:
+                        before(step)
+                    value = run.step(next(stream), step)
+                    bar.set_postfix(loss=f"{value:.4f}", held_out=f"{sum(run.after) / len(sizes):.4f}", refresh=False)
+                    bar.update()
+                    if step + 1 in marks and not run.goes_on(measured(), step + 1):
+                        break
+            run.restore()
+            return Outcome(run.before, run.after, held.samples, run.kept, step + 1, lr * run.cut)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+class _Training:
+    """The weights while they are trained, and the best so far."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Targets,
+        judge: Targets,
+        bf16: bool,
+        trained: Sequence[nn.Parameter],
+        beside: Sequence[Tensor],
+        lr: float,
+        beside_lr: float,
+        steps: int,
+    ) -> None:
+        self.student, self.teacher, self.judge, self.bf16 = student, teacher, judge, bf16
+        self.trained, self.beside = trained, beside
+        self.checks = min(steps, min(max(steps // 15, 4), 12))
+        self.masters = [p.detach().float() if p.itemsize < 4 else p for p in trained]  # small steps would round away
+        self.optimizer, peaks = torch.optim.AdamW(self.masters, lr=lr, betas=(0.95, 0.98), weight_decay=0.01), [lr]
+        if beside:
+            self.optimizer.add_param_group({"params": list(beside), "weight_decay": 0.0})
+            peaks.append(beside_lr)
+        warm_up = 0.1 if steps >= 10 else 0.0  # OneCycleLR divides by its length in steps less one, which may be 0
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, peaks, total_steps=steps + 1, pct_start=warm_up
+        )
+        self.kept, self.cut, self.falls = 0, 1.0, 0
+
+    def begin(self, losses: tuple[float, ...]) -> None:
+        self.before = self.after = losses
+        self._remember()
+
+    def loss(self, batches: Sequence[Batch]) -> float:
+        """Mean over the samples of some batches."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                with mixed(self.student, self.bf16):
+                    target, outputs = self.judge(batch), self.student(**batch)
+                value = check_finite(self.judge.objective.loss(outputs, batch, target), "on the samples held back")
+                total, count = total + samples(batch) * value, count + samples(batch)
+        return total / count
+
+    def step(self, batch: Batch, number: int) -> float:
+        """One update; the loss before it."""
+        with mixed(self.student, self.bf16):
+            target, outputs = self.teacher(batch), self.student(**batch)
+        loss = self.teacher.objective.loss(outputs, batch, target)
+        value = check_finite(loss, f"at distillation step {number}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter, master in self._halves():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self._round()
+        self.schedule.step()
+        return value
+
+    def goes_on(self, losses: tuple[float, ...], step: int) -> bool:
+        """Keep the weights if they are the best so far, go back if they are worse than at the start; False to stop."""
+        ratios = [now / max(start, 1e-12) for now, start in zip(losses, self.before, strict=True)]
+        if sum(ratios) < sum(a / max(b, 1e-12) for a, b in zip(self.after, self.before, strict=True)) and (
+            max(ratios) <= 1
+        ):
+            self.after, self.kept = losses, step
+            self._remember()
+        elif sum(ratios) > len(ratios):
+            self.falls += 1
+            self.cut /= LOWERED
+            self.restore()
+            self.optimizer.state.clear()
+            for group in self.optimizer.param_groups:
+                for name in ("initial_lr", "max_lr", "min_lr"):
+                    group[name] /= LOWERED
+        return self.falls < MOST_FALLS
+
+    def restore(self) -> None:
+        """Back to the best weights."""
+        with torch.no_grad():
+            for tensor, best in zip((*self.masters, *self.beside), self.best, strict=True):
+                tensor.copy_(best)
+        self._round()
+
+    def _remember(self) -> None:
+        self.best = [tensor.detach().clone() for tensor in (*self.masters, *self.beside)]
+
+    def _halves(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(p, master) for p, master in zip(self.trained, self.masters, strict=True) if p is not master]
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for parameter, master in self._halves():
+                parameter.copy_(master)
+
+
+def warn_of_nothing(outcome: Outcome) -> None:
+    """Say so where training gained nothing."""
+    if not outcome.kept:
+        warnings.warn(
+            f"training gained nothing on the {outcome.samples} samples that were held back, at learning rates down to "
+            f"{outcome.lr:.1e}: what comes back is what was given. More samples, or more like those that the model "
+            "will read, may help",
+            stacklevel=3,
+        )
+
+
+def default_lr(objective: Objective, batch: Batch, gone: float) -> float:
+    """Peak learning rate: what lost little has little to make good, and is harmed by steps that help what lost much.
+
+    Args:
+        gone: share of the trained parameters that slicing took away.
+    """
+    return LR * gone**1.5
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ NeurIPS 2024. Weights on a line between two models: Wortsman et al., CVPR 2022.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +24,15 @@ from pathprune.compensation import compensators
 from pathprune.data import Batches
 from pathprune.delta import moved
 from pathprune.dynamics import GOLDEN
-from pathprune.errors import DataError
+from pathprune.errors import SettingError
 from pathprune.masks import attach_masks
 from pathprune.modes import evaluating
 from pathprune.objectives import Objective, Targets
 from pathprune.path import Floats, SolutionPath
-from pathprune.recovery.distill import distill, trainable
+from pathprune.recovery.distill import distill, trainable, warn_of_nothing
 from pathprune.sorting import rebased, sort_units
 
+MEASURED = (0.0625, 0.375, 0.6875)  # of the way from the smallest size to the dense model
 BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
 
 
@@ -47,9 +48,13 @@ def elastic(
     seed: int = 0,
     bf16: bool = False,
     teacher: Targets | None = None,
+    validation: Iterable[Mapping[str, Tensor]] | None = None,
     progress: bool | None = None,
 ) -> tuple[nn.Module, SolutionPath]:
     """The dense model with its units sorted, and a path over it of which every size is recovered.
+
+    Samples are held back as in ``recover``. What comes back was best on them, over three sizes none of which may be
+    worse than at the start; the figures are in ``path.config["held_out"]``.
 
     Both saved into one folder (``save_pretrained``, ``SolutionPath.save``) are a dense checkpoint that plain
     ``from_pretrained`` reads, and from which ``load_slice`` reads any size. ``model`` is untouched. Where ``path`` is
@@ -66,14 +71,16 @@ def elastic(
         seed: of everything random.
         bf16: multiply matrices in bfloat16, weights staying as they are: twice as fast where the hardware can.
         teacher: the dense model's remembered outputs, where they are needed again; its objective counts.
+        validation: see ``recover``.
         progress: show a bar; by default only on a terminal.
 
     Raises:
         MismatchError: the path belongs to another model.
-        DataError: a bad setting, empty data, wrong keys, or a loss that is not finite.
+        SettingError: a setting is out of range.
+        DataError: empty data or one sample alone, wrong keys, or a loss that is not finite.
     """
     if not 0 < lowest < 1:
-        raise DataError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
+        raise SettingError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
     ordered, path = sort_units(model, path)
     student, sizes = _Student(ordered, path), _Sizes(path, lowest, batches.device)
@@ -81,24 +88,45 @@ def elastic(
     def visit(step: int) -> None:
         student.share = 1 - sizes.visit(step).fraction
 
-    hidden = None if progress is None else not progress
+    levels = [lowest + (1 - lowest) * share for share in MEASURED]
     told = compensators(path.centre, path.covariance, batches.device)
     masks = attach_masks(ordered, path.pairs, sizes.masks, sizes.fills, told=told, outputs=sizes.outputs)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "objective": objective, "seed": seed, "bf16": bf16}
     beside = [*sizes.slope.values(), *sizes.shift.values()]
+
+    def size(level: float) -> Callable[[], None]:
+        def there() -> None:
+            student.share = 1 - sizes.at(level).fraction
+
+        return there
+
     with evaluating(model if teacher is None else teacher.teacher), evaluating(student), masks:
-        distill(
+        outcome = distill(
             student,
             teacher or model,
             batches,
-            hidden=hidden,
+            progress=progress,
+            steps=steps,
+            lr=lr,
+            gone=1.0,
+            objective=objective,
+            seed=seed,
+            bf16=bf16,
+            validation=None if validation is None else Batches(model, validation),
             trained=list(student.deltas),
             beside=beside,
             beside_lr=BESIDE_LR,
             before=visit,
-            **settings,
+            sizes=[size(level) for level in levels],
         )
-    return ordered, rebased(replace(sizes.path(), delta=student.delta()), ordered)
+    warn_of_nothing(outcome)
+    measured = {
+        "samples": outcome.samples,
+        "levels": levels,
+        "before": list(outcome.before),
+        "after": list(outcome.after),
+    }
+    found = replace(sizes.path(), delta=student.delta(), config={**path.config, "held_out": measured})
+    return ordered, rebased(found, ordered)
 
 
 class _Student(nn.Module):
@@ -149,8 +177,11 @@ class _Sizes:
         self.slope = {name: torch.tensor(array, device=device).requires_grad_() for name, array in path.slope.items()}
 
     def visit(self, step: int) -> Selection:
-        """Put the masks and fills of a step's size in place."""
-        level = self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1)
+        """Put those of a step's size in place."""
+        return self.at(self.lowest + (1 - self.lowest) * ((0.5 + GOLDEN * step) % 1))
+
+    def at(self, level: float) -> Selection:
+        """Put the masks and fills of a size in place."""
         selection = self.start.select(Budget(keep=level))
         self.outputs.clear()
         self.outputs.update({name: torch.from_numpy(part).to(self.device) for name, part in selection.output.items()})

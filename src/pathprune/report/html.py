@@ -112,8 +112,9 @@ def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, 
         (
             "Quality against size",
             plots.quality_by_size(family),
-            "Each point is a model, from the smallest at the left to the dense one at the right; how far a line strays "
-            "from the dotted one is what the smaller size costs (the vertical axes do not start at zero).",
+            "Each point is a model, from the smallest at the left to the dense one at the right; the dotted line is "
+            "the dense model's own value, from which smaller ones may stray either way (the vertical axes do not start "
+            "at zero).",
         ),
         (
             "What each model kept",
@@ -125,7 +126,7 @@ def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, 
             "Where width goes as models shrink",
             plots.kept_widths(path, [member["prunable_params_kept_fraction"] for member in smaller]),
             "Read from right to left, every row shows how one layer narrows as less of the model is kept; a row that "
-            "stays dark for long matters most, and the dashed lines mark the models above.",
+            "keeps the colour of 100% for long matters most, and the dashed lines mark the models above.",
         ),
     ]
     if record.dense_member(family)["latency_ms"]:
@@ -133,23 +134,25 @@ def _pictures(family: Mapping[str, Any], path: SolutionPath) -> list[tuple[str, 
             "Speed",
             plots.latency(family),
             f"Bars are measured latency at {family['latency_tokens']} tokens as a share of the dense model's, with the "
-            "speed-up above; a bar that ends at the black line is as fast as its arithmetic promises, a taller one is "
+            "speed-up above; a bar that ends at the thick line is as fast as its arithmetic promises, a taller one is "
             "slower.",
         )
         pictures.insert(1, speed)
-    if len(path.trajectory.loss):
-        pictures += [
-            (
-                "The solution path",
-                plots.solution_path(path),
-                "Each line is one layer, coloured by depth: the higher it stands and the earlier it leaves zero, the "
-                "more of that layer's units the search found worth keeping (the panels have scales of their own).",
-            ),
-            (
-                "Loss along the search",
-                plots.loss_by_level(path),
-                "Each dot is one step of the search; where lighter dots, from later steps, lie below darker ones, the "
-                "search found better units to keep at that size.",
-            ),
-        ]
+    if not len(path.trajectory.loss):
+        return pictures
+    if path.config.get("dynamics") != "sampled":  # which starts from a ranking, not from zero: its lines would be flat
+        solution = (
+            "The solution path",
+            plots.solution_path(path),
+            "Each line is one layer, coloured by depth: the higher it stands and the earlier it leaves zero, the "
+            "more of that layer's units the search found worth keeping (the panels have scales of their own).",
+        )
+        pictures.append(solution)
+    losses = (
+        "Loss along the search",
+        plots.loss_by_level(path),
+        "Each dot is one step of the search, coloured by when it came; where late dots lie below early ones, the "
+        "search found better units to keep at that size.",
+    )
+    pictures.append(losses)
     return pictures

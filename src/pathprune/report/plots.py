@@ -1,8 +1,8 @@
 """Pictures of a family and of its solution path, as SVG text that can stand inside a page.
 
-Every function returns one ``<svg>`` element: deterministic, with its text as text, on a light
-ground, in colours that stay apart for colour-blind readers (Okabe and Ito's, and maps of even
-lightness). Names are never read as mathematical markup.
+Every function returns one ``<svg>`` element: deterministic, with its text as text, for a light ground of the page's
+own (the page inverts it for a dark one), in colours that stay apart for colour-blind readers (Okabe and Ito's, and maps
+of even lightness). Names are never read as mathematical markup.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ MOST_STEPS = 400
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "figure.facecolor": "white",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "figure.constrained_layout.use": True,
     "font.size": 9,
     "axes.titlesize": 10,

@@ -55,7 +55,8 @@ def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
         _check(family)
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{path} does not exist; name the folder that a finished run wrote its family into, or run it again"
+            f"{path} does not exist. A report is of a measured family: `pathprune demo` makes one, and records it "
+            "there; of other models, `pathprune evaluate` prints the figures"
         ) from error
     except OSError as error:
         raise ArtifactError(

@@ -10,10 +10,11 @@ PAGE = """\
 <title>{{ title }}: a family of models</title>
 <style>
 :root { --page: #f6f7f9; --card: #ffffff; --ink: #22272e; --soft: #5c6570; --line: #dfe3e8; --accent: #0072b2;
-  --track: #e9edf1; }
+  --track: #e9edf1; --shade: #0003; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14171b; --card: #1d2126; --ink: #e6e9ed; --soft: #a3acb7; --line: #343a42; --accent: #6cb8ea;
-    --track: #2d333b; }
+    --track: #2d333b; --shade: #000b; }
+  .drawing svg { filter: invert(.92) hue-rotate(180deg) brightness(1.15); } /* light for dark, hues as they were */
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -31,7 +32,14 @@ p { max-width: 46rem; margin: .5rem 0; }
 .facts .card { break-inside: avoid; margin-bottom: 1rem; }
 .tiles .card, .facts .card { padding: 1rem 1.25rem; min-width: 0; overflow-wrap: anywhere; }
 .tiles strong { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--accent); }
-.wide { overflow-x: auto; }
+.wide, .drawing { overflow-x: auto; /* the shade at an edge is there while something lies beyond it */
+  background: linear-gradient(to right, var(--card) 40%, transparent) 0 0 / 4rem 100% local,
+    linear-gradient(to left, var(--card) 40%, transparent) 100% 0 / 4rem 100% local,
+    linear-gradient(to right, var(--shade), transparent) 0 0 / 1.25rem 100% scroll,
+    linear-gradient(to left, var(--shade), transparent) 100% 0 / 1.25rem 100% scroll;
+  background-repeat: no-repeat; background-color: var(--card); }
+.hint { display: none; color: var(--soft); font-size: .85rem; }
+@media (max-width: 62rem) { .hint { display: block; } }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .55rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 td:last-child, thead tr:last-child th:last-child { padding-right: 1.1rem; }
@@ -45,7 +53,7 @@ small { display: block; color: var(--soft); font-size: .8rem; }
 .bar { display: block; height: .3rem; margin-top: .3rem; border-radius: .15rem; background: var(--track); }
 .bar i { display: block; height: 100%; border-radius: inherit; background: var(--accent); }
 figure { margin: 0; padding: 1rem 1.25rem; }
-.drawing { overflow-x: auto; background: #fff; border-radius: .5rem; padding: .5rem; }
+.drawing { padding: .5rem; }
 .drawing svg { display: block; margin: 0 auto; height: auto; max-width: 100%; }
 figcaption { margin-top: .75rem; max-width: 52rem; font-size: .925rem; }
 pre { padding: 1rem 1.25rem; overflow-x: auto; margin: .75rem 0; }
@@ -78,6 +86,7 @@ dd { margin: 0; }
 </div>
 
 <h2>The numbers</h2>
+<p class="hint">The table is wider than a small screen: scroll it sideways for all columns. →</p>
 <div class="card wide">
 <table>
 <thead>
