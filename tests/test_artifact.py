@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
+import fcntl
+import io
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +118,206 @@ def test_a_crash_leaves_the_old_artifact(folder: Path, monkeypatch: pytest.Monke
     write(folder, NEW, "new")
     assert_holds(folder, NEW, "new")
     assert len(contents(folder)) == 2, "what the crash left is cleared away"
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_ctrl_c_leaves_no_tensors_that_nothing_names(folder: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Nor takes those of a description that is in place."""
+    before, real, calls = contents(folder), os.replace, iter(range(1, 9))
+
+    def interrupted_after(source: Path, target: Path) -> None:
+        real(source, target)
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted_after)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, NEW, "new")
+    if nth == 1:
+        assert contents(folder) == before
+    else:
+        assert_holds(folder, NEW, "new")
+
+
+def test_a_description_that_cannot_be_read_again_costs_no_tensors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", unreadable)
+        write(folder, NEW, "new")
+    assert_holds(folder, NEW, "new")
+    write(folder, OLD, "newest")
+    assert len(contents(folder)) == 2
+
+
+def dead_process() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        return process.pid
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(folder: Path) -> None:
+    dead = dead_process()
+    rubbish = [
+        f".thing.json.{dead}.part",
+        f".thing-0123456789ab.safetensors.{dead}-01234567.part",
+        f".thing.json.{os.getpid()}-01234567.part",  # of an earlier process with this one's number, as in containers
+        "thing-0123456789ab.safetensors",
+    ]
+    others = [
+        f".thing.json.{os.getppid()}-01234567.part",  # it runs
+        f".another.json.{dead}.part",
+        f".thing.json.{dead}.part.txt",
+        f"thing.json.{dead}.part",
+        ".thing.json.99999999999.part",
+        ".thing.json.0.part",
+    ]
+    for name in rubbish + others:
+        (folder / name).write_text("x")
+    write(folder, NEW, "new")
+    assert_holds(folder, NEW, "new")
+    assert len(contents(folder)) == 2 + len(others)
+    assert set(others) < set(contents(folder))
+    (folder / rubbish[0]).write_text("x")
+    (folder / rubbish[-1]).write_text("x")
+    remove_artifact(folder, "thing")
+    assert sorted(contents(folder)) == sorted(others)
+    (folder / f".note.txt.{dead}.part").write_text("x")
+    write_text(folder / "note.txt", "mine")
+    assert sorted(contents(folder)) == sorted([*others, "note.txt"])
+
+
+class Actor(threading.Thread):
+    """Does its work up to the next file event whenever it has a turn."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.go, self.paused = work, threading.Semaphore(0), threading.Semaphore(0)
+        self.ended = self.waits = False
+        self.result: Any = None
+
+    def run(self) -> None:
+        self.go.acquire()
+        try:
+            self.result = self.work()
+        except Exception as error:
+            self.result = error
+        self.ended = True
+        self.paused.release()
+
+    def turn(self) -> None:
+        self.go.release()
+        self.paused.acquire()
+
+    @staticmethod
+    def pause() -> None:
+        actor = threading.current_thread()
+        if isinstance(actor, Actor):
+            actor.paused.release()
+            actor.go.acquire()
+
+
+@pytest.fixture
+def interleaved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[list[Any]]]:
+    """All orders in which the file events of several writers and readers can fall: yields the results, after each."""
+    real_lock, actors = fcntl.flock, []
+
+    def event(owner: Any, name: str, counts: Callable[..., bool]) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if counts(*args):
+                Actor.pause()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def lock(handle: int, how: int) -> None:
+        Actor.pause()
+        while True:
+            try:
+                return real_lock(handle, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                threading.current_thread().waits = True  # type: ignore[attr-defined]
+                Actor.pause()
+
+    def unlock(handle: int) -> None:
+        real_close(handle)
+        for actor in actors:
+            actor.waits = False
+
+    real_close = os.close
+    monkeypatch.setattr(fcntl, "flock", lock)
+    monkeypatch.setattr(os, "close", unlock)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    event(os, "replace", lambda *args: True)
+    event(os, "unlink", lambda path, *args: not Path(path).name.startswith("."))
+    for owner in (io, builtins):
+        event(owner, "open", lambda path, mode="r", *args: "r" in mode and not isinstance(path, int))
+
+    def run(prepare: Callable[[], list[Callable[[], Any]]]) -> Iterator[list[Any]]:
+        choices: list[int] = []
+        while True:
+            actors[:] = [Actor(work) for work in prepare()]
+            for actor in actors:
+                actor.start()
+            widths = []
+            while ready := [actor for actor in actors if not (actor.ended or actor.waits)]:
+                if len(choices) == len(widths):
+                    choices.append(0)
+                widths.append(len(ready))
+                ready[choices[len(widths) - 1]].turn()
+            assert all(actor.ended for actor in actors), "they wait for each other"
+            yield [actor.result for actor in actors]
+            while choices and choices[-1] == widths[len(choices) - 1] - 1:
+                choices.pop()
+            if not choices:
+                return
+            choices[-1] += 1
+
+    return run
+
+
+def test_two_writers_leave_one_whole_artifact(folder: Path, interleaved: Callable[..., Iterator[list[Any]]]) -> None:
+    """However their steps fall between one another's, also where one writes what is there."""
+
+    def begin() -> list[Callable[[], Any]]:
+        remove_artifact(folder, "thing")
+        write(folder, OLD, "old")
+        return [lambda: write(folder, NEW, "new"), lambda: write(folder, OLD, "again")]
+
+    notes = []
+    for results in interleaved(begin):
+        assert results == [None, None]
+        meta, read = read_artifact(folder, "thing", 1)
+        np.testing.assert_array_equal(read["x"], (NEW if meta["note"] == "new" else OLD)["x"])
+        assert len(contents(folder)) == 2
+        notes.append(meta["note"])
+    assert set(notes) == {"new", "again"}
+    assert len(notes) > 10
+
+
+def test_a_reader_during_two_saves_reads_a_whole_artifact(
+    folder: Path, interleaved: Callable[..., Iterator[list[Any]]]
+) -> None:
+    def begin() -> list[Callable[[], Any]]:
+        write(folder, OLD, "old")
+
+        def save() -> None:
+            write(folder, NEW, "new")
+            write(folder, {"x": np.arange(5.0)}, "newest")
+
+        return [save, lambda: read_artifact(folder, "thing", 1)]
+
+    notes = []
+    for _, found in interleaved(begin):
+        assert not isinstance(found, Exception), found
+        notes.append((found[0]["note"], len(found[1]["x"])))
+    assert set(notes) == {("old", 3), ("new", 4), ("newest", 5)}
+    assert len(notes) > 100
 
 
 def test_a_new_artifact_that_is_in_place_is_not_called_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,8 +134,9 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
     said = answer("elastic", tmp_path / "run", dense, "--data", texts, *settings, "--out", whole)
     assert f"pathprune slice {whole} {whole} --keep 0.5" in said
     again = ("elastic", tmp_path / "run", dense, "--data", texts, "--steps", 2, "--lowest", 0.4, "--out", whole)
-    assert answer(*again, "--json")["lowest"] == 0.4
+    assert answer(*again, "--overwrite", "--json")["lowest"] == 0.4
     assert (whole / "tokenizer.json").exists()
+    assert len(list(whole.glob("path*"))) == 2, "the old path is gone, its tensors too"
     facts = answer("slice", whole, whole, "--keep", 0.5, "--out", tmp_path / "elastic-50", "--json")
     assert not (tmp_path / "elastic-50" / "path.json").exists(), "the path is that of the whole model"
     assert facts["params"] == sum(p.numel() for p in pp.load_slice(whole, pp.Budget(keep=0.5)).parameters())
@@ -257,6 +258,49 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
     refused("truncated", "slice", run, dense, "--keep", 0.5, "--out", new)
     refused("No such option", "search", "--nonsense")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "empty.txt", "other", "resnet", "run"]
+
+
+def test_what_is_there_is_replaced_only_when_asked(
+    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the refusal comes before a model is loaded."""
+    texts, run, half = dense.parent / "texts.txt", tmp_path / "run", tmp_path / "run" / "keep-50"
+    searching = ("search", dense, "--data", texts, "--out", run, "--steps", 4)
+    assert ask(*searching)[0] == 0
+    cutting = ("slice", run, dense, "--keep", 0.5, "--out", half)
+    assert ask(*cutting)[0] == 0
+    whole = tmp_path / "elastic"
+    training = ("elastic", run, dense, "--data", texts, "--steps", 2, "--out", whole)
+    assert ask(*training)[0] == 0
+    recovering = ("recover", half, "--teacher", dense, "--data", texts, "--steps", 2, "--out", whole)
+    finished = f"{run} holds a finished path; --resume to load it, --overwrite to search anew in its place, or choose"
+    held = f"{whole} holds a model; --overwrite replaces it, or choose another --out"
+    refused: tuple[tuple[str, tuple[object, ...]], ...] = (
+        (finished, searching),
+        (f"{half} holds a model; --overwrite replaces it", cutting),
+        (held, training),
+        (held, recovering),
+        ("is not empty; --overwrite replaces a demo that is there", ("demo", "--out", run)),
+        ("give one of them", (*searching, "--resume", "--overwrite")),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("pathprune.cli._load", None)
+        patch.setattr("pathprune.demo.minilm", None)
+        for message, command in refused:
+            code, _, err = ask(*command)
+            assert (code, message in err) == (2, True), err
+        (run / "checkpoint.json").write_text("{}")
+        code, _, err = ask(*searching)
+        assert (code, "unfinished search; --resume to go on with it, --overwrite to search anew" in err) == (2, True)
+        (run / "checkpoint.json").unlink()
+
+    code, _, err = ask(*searching, "--seed", 1, "--overwrite")
+    assert (code, f"note: {half}: cut from the path that is replaced; slice again" in err) == (0, True), err
+    assert SolutionPath.load(run).config["seed"] == 1
+    code, _, err = ask(*cutting, "--overwrite")
+    assert (code, "note" in err) == (0, False), err
+    assert ask(*recovering, "--overwrite")[0] == 0
+    assert pp.SolutionPath.load(whole).delta, "what stands beside a model stays"
 
 
 def test_the_wrong_input_is_refused_before_anything_slow(
@@ -569,11 +613,14 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(dense: Path, tmp_path: Pat
     assert not (out / "checkpoint.json").exists()
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
-    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
+    """By Ctrl-C, or by what a scheduler sends before it kills."""
+
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+        signal.raise_signal(how)
 
     texts = dense.parent / "texts.txt"
     assert ask("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 4)[0] == 0

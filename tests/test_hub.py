@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from torch import nn
 from conftest import Python, Subject, assert_same_model, run_model, snapshot, tiny_inputs, tiny_model
 from pathprune.discovery import find_pairs
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
-from pathprune.hub import PathpruneConfig, load_model, save_model
+from pathprune.hub import PathpruneConfig, _exchange, check_free, load_model, save_model
+from pathprune.path import SolutionPath
 from pathprune.shapes import Padding
 from pathprune.slicing import slice_model
 from strategies import CASES, selection_of
@@ -430,10 +434,13 @@ def test_a_folder_of_something_else_is_not_replaced(saved: tuple[nn.Module, Path
     (tmp_path / "file").write_text("mine")
     before = listing(tmp_path)
     for name in ("mine", "file"):
-        with pytest.raises(ArtifactError, match=r"exists and is not a model folder; choose another --out"):
+        with pytest.raises(ArtifactError, match=r"exists and is not a model folder; choose another folder"):
             save_model(small, tmp_path / name)
     with pytest.raises(ArtifactError, match="cannot write the model to"):
         save_model(small, tmp_path / "file" / "below")
+    for length in (240, 300):
+        with pytest.raises(ArtifactError, match="File name too long"):
+            save_model(small, tmp_path / ("x" * length))
     assert listing(tmp_path) == before
 
 
@@ -464,17 +471,118 @@ def test_what_stands_beside_a_model_stays(
             raise OSError(errno.EACCES, "Permission denied")
         return real(self, target)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # on a file system without links, what is beside moves after the exchange
+        patch.setattr(os, "link", forbidden)
         patch.setattr(Path, "rename", rename)
-        with pytest.raises(ArtifactError, match=r"\.git that stood beside .* is still in"):
+        with pytest.raises(ArtifactError, match=r"what stood in .* is still in .*\.old .*; move what you need"):
             save_model(small, folder)
-    assert {Path(name).name for name in listing(tmp_path)} >= {Path(name).name for name in rest}
+        assert {Path(name).name for name in listing(tmp_path)} >= {Path(name).name for name in rest}
+        with pytest.raises(ArtifactError, match="is still in"):
+            check_free(folder)
+        patch.setattr(Path, "rename", real)
+        with pytest.warns(UserWarning, match="a run was killed while it replaced the model .* what stood beside it is"):
+            save_model(small, folder)
+    assert listing(folder) == after | {name: text.encode() for name, text in rest.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def interrupted(real: Callable[..., Any], nth: int, after: bool) -> Callable[..., Any]:
+    """Ctrl-C just before or just after the n-th call."""
+    calls = iter(range(1, 99))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        at = next(calls) == nth
+        if at and not after:
+            raise KeyboardInterrupt
+        result = real(*args, **kwargs)
+        if at:
+            raise KeyboardInterrupt
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("exchanging", [True, False])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_ctrl_c_leaves_a_whole_model_and_what_stood_beside_it(
+    saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch, nth: int, exchanging: bool, after: bool
+) -> None:
+    """At every rename, and at the exchange where there is one."""
+    small, folder = saved
+    (folder / "thesis.txt").write_text("years of work")
+    before = listing(folder)
+    save_model(small, folder.with_name("other"), card="new")
+    whole = listing(folder.with_name("other")) | {"thesis.txt": b"years of work"}
+    with monkeypatch.context() as patch:
+        if exchanging and nth == 1:
+            patch.setattr("pathprune.hub._exchange", interrupted(_exchange, 1, after))
+        else:
+            patch.setattr(Path, "rename", interrupted(Path.rename, nth - exchanging, after))
+        if not exchanging:
+            patch.setattr("pathprune.hub._exchange", lambda one, other: False)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(small, folder, card="new")
+    assert listing(folder) in (before, whole)
+    check_free(folder)
+    assert listing(folder) in (before, whole)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["other", "small"]
+
+
+@pytest.mark.parametrize("name", [".small.{}.{}", ".small.{}-0123abcd.{}"], ids=["as 0.1.0 wrote it", "now"])
+def test_what_a_killed_run_left_is_finished_or_goes(saved: tuple[nn.Module, Path], name: str) -> None:
+    small, folder = saved
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        dead = process.pid
+    before = listing(folder)
+
+    def leave(process: int, kind: str, *files: str) -> Path:
+        left = folder.with_name(name.format(process, kind))
+        for file in files:
+            (left / file).parent.mkdir(parents=True, exist_ok=True)
+            (left / file).write_text(file)
+        return left
+
+    leave(dead, "part", "model.safetensors")
+    leave(dead, "old", "config.json", "model.safetensors", "pytorch_model.bin", ".git/HEAD")
+    mine = leave(os.getppid(), "part", "model.safetensors")  # its process runs
+    foreign = leave(dead, "older", "x")
+    with pytest.warns(UserWarning, match=f"replaced the model in {folder}; what stood beside it is back"):
+        save_model(small, folder, card="old")
+    assert listing(folder) == before | {".git/HEAD": b".git/HEAD"}
+    assert sorted(folder.parent.iterdir()) == sorted([folder, mine, foreign])
+
+    leave(dead, "part", "model.safetensors")
+    folder.rename(folder.with_name(name.format(dead, "old")))  # killed between two renames
+    with pytest.warns(UserWarning, match=f"replaced the model in {folder}; the old one is back"):
+        check_free(folder)
+    assert listing(folder) == before | {".git/HEAD": b".git/HEAD"}
+    assert sorted(folder.parent.iterdir()) == sorted([folder, mine, foreign])
+
+
+def test_a_model_and_its_path_are_replaced_together(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    bert = subjects["bert"]
+    paths = []
+    for seed in (0, 1):
+        scores = {p.name: torch.rand(*p.shape, generator=torch.Generator().manual_seed(seed)) for p in bert.pairs}
+        paths.append(SolutionPath.from_scores(bert.pairs, scores))
+        save_model(bert.model, tmp_path / "model", path=paths[-1])
+    (tmp_path / "model" / "path.txt").write_text("mine")
+    save_model(bert.model, tmp_path / "model", path=paths[0])
+    paths[0].save(tmp_path / "alone")
+    expected = listing(tmp_path / "alone")
+    assert {name: file for name, file in listing(tmp_path / "model").items() if name in expected} == expected
+    assert len(list((tmp_path / "model").glob("path*"))) == len(expected) + 1
 
 
 def test_a_model_does_not_replace_the_one_it_was_made_from(saved: tuple[nn.Module, Path]) -> None:
     small, folder = saved
     before = listing(folder)
-    with pytest.raises(ArtifactError, match="was made from, and would be lost; choose another --out"):
+    with pytest.raises(ArtifactError, match="was made from, and would be lost; choose another folder"):
         save_model(small, folder, source=f"{folder}/../small")
     assert listing(folder) == before
 

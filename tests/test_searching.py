@@ -258,6 +258,45 @@ def test_resume_refuses_other_settings_other_models_and_nothing(tmp_path: Path) 
         run(model, out=tmp_path, resume=True)
 
 
+def test_a_search_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    """And is refused before the model is run."""
+    with pytest.raises(KeyboardInterrupt):
+        pp.search(tiny_bert(), Interrupting(4), steps=12, multiple=2, progress=False, out=tmp_path)
+    unfinished = r"holds an unfinished search; give resume=True to go on with it, overwrite=True to search anew"
+    with pytest.raises(pp.ArtifactError, match=unfinished):
+        run(nn.Linear(2, 2), out=tmp_path)
+    first = run(tiny_bert(), out=tmp_path, overwrite=True)
+    with pytest.raises(pp.ArtifactError, match=r"holds a finished path; give resume=True to load it, overwrite=True"):
+        run(nn.Linear(2, 2), out=tmp_path)
+    with pytest.raises(pp.SettingError, match="give one of them"):
+        run(nn.Linear(2, 2), out=tmp_path, overwrite=True, resume=True)
+    same_path(SolutionPath.load(tmp_path), first)
+    with pytest.raises(KeyboardInterrupt):
+        pp.search(tiny_bert(), Interrupting(14), steps=12, multiple=2, progress=False, out=tmp_path, overwrite=True)
+    same_path(SolutionPath.load(tmp_path), first)
+    second = run(tiny_bert(), out=tmp_path, overwrite=True, seed=1)
+    same_path(SolutionPath.load(tmp_path), second)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_that_cannot_be_deleted_cost_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search is finished; going on with what is left of it ends where it did."""
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "checkpoint.json":
+            raise PermissionError("Operation not permitted")
+        real(path, missing_ok)
+
+    monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        whole = run(tiny_bert(), out=tmp_path)
+    same_path(SolutionPath.load(tmp_path), whole)
+    same_path(run(tiny_bert(), out=tmp_path, resume=True), whole)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_nan_loss_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 2)
 
@@ -444,6 +483,9 @@ def test_statistics_that_a_stop_left_behind_a_finished_search_go(tmp_path: Path)
     (tmp_path / "statistics.json").write_text("{}")
     same_path(run(tiny_bert(), out=tmp_path, resume=True), expected)
     assert not list(tmp_path.glob("statistics*"))
+    (tmp_path / "checkpoint-0123456789ab.safetensors").write_text("its description went first")
+    same_path(run(tiny_bert(), out=tmp_path, resume=True), expected)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("later", [False, True])

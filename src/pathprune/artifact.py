@@ -1,7 +1,8 @@
 """Tensors and their description on disk: safetensors beside JSON, replaced as one.
 
 ``<name>.json`` names its tensor file by content, and is renamed into place only when that file
-is complete; until then the folder still holds the previous artifact. Nothing is pickled.
+is complete; until then the folder still holds the previous artifact. Whoever writes next removes what
+a killed writer left. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,10 @@ import safetensors.numpy
 from pathprune.errors import ArtifactError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+T = TypeVar("T")
+
+PARTS = r"\.(?P<process>[1-9]\d{0,6})(-[0-9a-f]{8})?\.(part|old)"  # by which process, and which of its writings
+_writing: set[str] = set()  # by this process; of another process, its number tells whether it still runs
 
 
 def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
@@ -42,24 +48,60 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{name}-{digest[:12]}.safetensors"
     text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)
-    ours = False  # the target is new, and goes again if its description cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ours = not target.exists()
-        _replace(target, data)
-        _replace(folder / f"{name}.json", text.encode())
+        with _one_writer(folder):
+            clear(folder, _own_files(name))
+            ours = not target.exists()  # the target is new, and goes again if its description cannot be written
+            try:
+                _replace(target, data)
+                _replace(folder / f"{name}.json", text.encode())
+            except BaseException:
+                with suppress(OSError):
+                    if ours and target in _unnamed(folder, name):  # else Ctrl-C came when all was in place
+                        target.unlink()
+                raise
+            with suppress(OSError):  # it wastes space, but the new artifact is in place
+                for old in _unnamed(folder, name):
+                    old.unlink()
     except OSError as error:
-        if ours:
-            with suppress(OSError):
-                target.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {name} to {folder}: {error.strerror or error}; what was there is unchanged. "
             "Free some space, or choose a folder that you may write to"
         ) from error
-    for old in _tensor_files(folder, name):
-        if old != target:
-            with suppress(OSError):  # it wastes space, but the new artifact is in place
-                old.unlink()
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Wait until nobody else writes an artifact into ``folder``, where the system has locks: each deletes the tensors
+    that the description does not name, and another's would be among them. A lock ends with its process.
+    """
+    handle = None
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _unnamed(folder: Path, name: str) -> list[Path]:
+    """The tensor files that no description names; none where nobody can tell."""
+    try:
+        named = json.loads((folder / f"{name}.json").read_bytes())["tensors"]["file"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [file for file in _tensor_files(folder, name) if file.name != named]
+
+
+def _own_files(name: str) -> str:
+    return rf"{re.escape(name)}(\.json|-[0-9a-f]{{12}}\.safetensors)"
 
 
 def named_folder(folder: str | os.PathLike[str]) -> Path:
@@ -94,11 +136,31 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
         ArtifactError: missing, truncated, altered, or of another format version.
     """
     with reading(folder, name):
-        meta, file = describe_artifact(folder, name, version)
-        data = file.read_bytes()
+        meta, data = open_artifact(folder, name, version, Path.read_bytes)
+        file = meta["tensors"]["file"]
         if hashlib.sha256(data).hexdigest() != meta["tensors"]["sha256"]:
-            raise ValueError(f"{file.name} does not have the recorded SHA-256; it is truncated or was altered")
+            raise ValueError(f"{file} does not have the recorded SHA-256; it is truncated or was altered")
         return meta, safetensors.numpy.load(data)
+
+
+def open_artifact(
+    folder: str | os.PathLike[str], name: str, version: int, opened: Callable[[Path], T]
+) -> tuple[dict[str, Any], T]:
+    """The description, and what ``opened`` makes of the tensors' file: (description, opened).
+
+    Raises:
+        ArtifactError: missing, malformed, or of another format version.
+    """
+    missing = None
+    with reading(folder, name):
+        while True:
+            meta, file = describe_artifact(folder, name, version)
+            try:
+                return meta, opened(file)
+            except FileNotFoundError:
+                if file == missing:
+                    raise
+                missing = file  # another artifact may have replaced it since its description was read
 
 
 def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Any], Path]:
@@ -138,10 +200,17 @@ def reading(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
 
 
 def remove_artifact(folder: str | os.PathLike[str], name: str) -> None:
-    """Delete an artifact, its description first; nothing happens where there is none."""
-    (Path(folder) / f"{name}.json").unlink(missing_ok=True)
-    for tensors in _tensor_files(Path(folder), name):
-        tensors.unlink(missing_ok=True)
+    """Delete an artifact, its description first; nothing happens where there is none.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
+    folder = Path(folder)
+    with _one_writer(folder):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        for tensors in _tensor_files(folder, name):
+            tensors.unlink(missing_ok=True)
+        clear(folder, _own_files(name))
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
@@ -153,6 +222,7 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
     file = Path(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        clear(file.parent, re.escape(file.name))
         _replace(file, text.encode())
     except OSError as error:
         raise ArtifactError(
@@ -163,12 +233,64 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
 
 def _replace(target: Path, data: bytes) -> None:
     """Write beside ``target``, then rename over it."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with beside(target) as (part, _):
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Hidden names beside ``target``, for what is to replace it and for what it replaces; ``left`` finds what stands
+    there after this block, in which this process writes.
+    """
+    own = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    part, old = f"{own}.part", f"{own}.old"
+    _writing.update((part, old))
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        yield target.with_name(part), target.with_name(old)
     finally:
-        part.unlink(missing_ok=True)
+        _writing.difference_update((part, old))
+
+
+def left(folder: Path, names: str) -> list[Path]:
+    """What writers that are gone left in ``folder``, beside files and folders whose names match ``names``. What of a
+    running process stands there is in use.
+    """
+    try:
+        found = list(folder.iterdir())
+    except OSError:  # there is no such folder, or nobody may look: the write itself will say so
+        return []
+    gone = []
+    for path in found:
+        match = re.fullmatch(rf"\.(?:{names}){PARTS}", path.name)
+        if match and path.name not in _writing and not _runs_elsewhere(int(match["process"])):
+            gone.append(path)
+    return gone
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Whether a process other than this one runs; of a file of this one, ``_writing`` tells whether it is in use."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where there is no asking
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def clear(folder: Path, names: str) -> None:
+    """Delete parts of files that writers that are gone left in ``folder``, see ``left``."""
+    for part in left(folder, names):
+        with suppress(OSError):
+            part.unlink()

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -101,11 +102,15 @@ LengthOpt = Annotated[
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is a GPU where there is one.")]
 SeedOpt = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
 Bf16Opt = Annotated[bool, typer.Option("--bf16", help="Multiply matrices in bfloat16: faster where the hardware can.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 def main() -> None:
-    """Entry point: bad input ends with one clear line and exit code 2, Ctrl-C with 130."""
+    """Entry point: bad input ends with one clear line and exit code 2, Ctrl-C with 130, as does what a scheduler sends
+    before it kills.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest: typer.echo(f"warning: {_line(message)}", err=True)
         sys.exit(_run())
@@ -227,19 +232,31 @@ def search(
     bf16: Bf16Opt = False,
     device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
+    overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Find the solution path: one run that ranks every unit of the model."""
     _check_fraction("--lowest", lowest)
+    if resume and overwrite:
+        raise PathpruneError("--resume goes on with the search in --out, --overwrite begins anew; give one of them")
     if resume and not any((out / name).exists() for name in ("checkpoint.json", "path.json")):
         raise PathpruneError(f"--resume: {out} holds no search to go on with; leave it out to begin one")
     _check_model(model)
     given = _given(data, field, label_field, objective, max_bad)
+    from pathprune.searching import RESUMING, held_search
+    from pathprune.searching import search as run
+
+    held = held_search(out)
+    if held and not (resume or overwrite):
+        raise PathpruneError(
+            f"{out} holds {held}; --resume to {RESUMING[held]}, --overwrite to search anew in its place, or choose "
+            "another --out"
+        )
+    if overwrite:
+        _name_members(out)
     dense = _load(model, device)
     batches = _batches(dense, model, given, batch_size, max_length, prefix)
     _say(f"search: {steps} steps over {_amount(batches)}")
-    from pathprune.searching import search as run
-
     try:
         path = run(
             dense,
@@ -247,6 +264,7 @@ def search(
             objective=objective.value,
             out=out,
             resume=resume,
+            overwrite=overwrite,
             progress=True,
             dynamics=dynamics.value,
             steps=steps,
@@ -279,6 +297,7 @@ def slice_(
     macs: Annotated[
         str | None, typer.Option(help="MACs per token of the whole model: a share (0.7, 70%) or a number (18M).")
     ] = None,
+    overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Cut a model of the size you ask for from a path, and save it like any other."""
@@ -288,10 +307,10 @@ def slice_(
     budget = Budget(keep=_size("--keep", keep), params=_size("--params", params), macs=_size("--macs", macs))
     selection = SolutionPath.load(run).select(budget)
     _check_model(model)
-    from pathprune.hub import check_free, save_model
+    from pathprune.hub import save_model
     from pathprune.slicing import slice_model
 
-    check_free(out, model)
+    _check_out(out, overwrite, model)
     save_model(slice_model(_load(model, "cpu"), selection), out, source=model)
     if as_json:
         _print_json(out=str(out), **selection.to_dict())
@@ -327,6 +346,7 @@ def recover(
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
     device: DeviceOpt = None,
+    overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a sliced model to imitate the dense one again, without labels."""
@@ -334,10 +354,10 @@ def recover(
     for name in (model, teacher):
         _check_model(name)
     given = _given(data, field, label_field, objective, max_bad)
-    from pathprune.hub import check_free, save_model
+    from pathprune.hub import save_model
     from pathprune.recovery import recover as run
 
-    check_free(out, model, teacher)
+    _check_out(out, overwrite, model, teacher)
     dense, small = _load(teacher, device), _load(model, device)
     batches = _batches(dense, teacher, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective.value, "bf16": bf16}
@@ -380,6 +400,7 @@ def elastic(
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
     device: DeviceOpt = None,
+    overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Recover every size of a path at once, in one checkpoint of the dense model's shapes."""
@@ -390,18 +411,18 @@ def elastic(
     searched = SolutionPath.load(run)
     _check_model(model)
     given = _given(data, field, label_field, objective, max_bad)
-    from pathprune.hub import check_free, save_model
+    from pathprune.hub import save_model
     from pathprune.recovery import elastic as train
 
-    check_free(out, model)
+    _check_out(out, overwrite, model)
+    _name_members(out)
     dense = _load(model, device)
     batches = _batches(dense, model, given, batch_size, max_length, prefix)
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective.value, "seed": seed}
     settings["bf16"] = bf16
     _say(f"elastic: {steps} steps over {_amount(batches)}")
     trained, path = train(dense, searched, data=batches, progress=True, **settings)
-    save_model(trained, out, source=model)
-    path.save(out)
+    save_model(trained, out, source=model, path=path)
     held_out = path.config["held_out"]
     if as_json:
         _print_json(out=str(out), held_out=held_out, **settings)
@@ -492,19 +513,47 @@ def demo(
         typer.Option(min=1, help="Distillation steps for each size; by default 800 where bfloat16 is fast, else 400."),
     ] = None,
     seed: SeedOpt = 0,
+    overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Search, slice, recover and measure a real sentence encoder (needs the extra: pip install 'pathprune[demo]')."""
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise PathpruneError(f"{out} is not empty; --overwrite replaces a demo that is there, or choose another --out")
     from pathprune.demo import run, table
 
     say: Callable[[str], None] = (lambda text: None) if as_json else typer.echo
-    family = run(out, steps=steps, recover_steps=recover_steps, seed=seed, say=say)
+    family = run(out, steps=steps, recover_steps=recover_steps, seed=seed, say=say, overwrite=overwrite)
     if as_json:
         _print_json(**family)
         return
     typer.echo(table(family))
     typer.echo(f"\nReport: {out / 'report.html'}")
     typer.echo(f"Load one: import pathprune; AutoModel.from_pretrained('{out / 'keep-50'}')")
+
+
+def _check_out(out: Path, overwrite: bool, *sources: str) -> None:
+    """Refuse a folder that a model may not be written to, before anything is loaded."""
+    from pathprune.hub import check_free
+
+    folder = check_free(out, *sources)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise PathpruneError(f"{out} holds a model; --overwrite replaces it, or choose another --out")
+
+
+def _name_members(out: Path) -> None:
+    """Say which models in a folder were cut from the path that is to be replaced there."""
+    if not (out / "path.json").exists():
+        return
+    members = []
+    for config in sorted(out.glob("*/config.json")):
+        try:
+            method = json.loads(config.read_bytes())["quantization_config"]["quant_method"]
+        except (OSError, ValueError, KeyError, TypeError):  # another model, or none
+            continue
+        if str(method).startswith("pathprune"):
+            members.append(str(config.parent))
+    if members:
+        typer.echo(f"note: {', '.join(members)}: cut from the path that is replaced; slice again", err=True)
 
 
 def _print_json(**facts: Any) -> None:

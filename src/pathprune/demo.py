@@ -26,7 +26,7 @@ from pathprune.budget import Budget
 from pathprune.data import Batch, Batches, tokenized
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
-from pathprune.hub import save_model
+from pathprune.hub import check_free, save_model
 from pathprune.modes import evaluating, fast_bf16
 from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets
 from pathprune.recovery import recover
@@ -163,8 +163,19 @@ def embed(model: nn.Module, batches: list[Batch]) -> Tensor:
         return torch.cat([F.normalize(mean.embeddings(model(**batch), batch), dim=-1).cpu() for batch in placed])
 
 
-def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    out: Path,
+    *,
+    steps: int,
+    recover_steps: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Search, slice, recover, measure and report; everything lands in ``out``.
+
+    Args:
+        overwrite: replace the demo that is there.
 
     Returns:
         The content of ``out/family.json``.
@@ -174,6 +185,8 @@ def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Cal
 
     logging.disable_progress_bar()
     source = minilm()
+    for keep in KEEPS:
+        check_free(out / f"keep-{keep * 100:.0f}")
     dense, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
     data = calibration(tokenizer, seed)
     seconds = {}
@@ -182,15 +195,15 @@ def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Cal
 
     say(f"1/4 search: {steps} steps of 16 short texts from BBC News, no labels")
     began = time.perf_counter()
+    settings: dict[str, Any] = {"steps": steps, "seed": seed, "bf16": bf16}
     path = search(
         dense,
         data[:SEARCH_BATCHES],
         objective="embedding",
-        steps=steps,
-        seed=seed,
-        bf16=bf16,
         out=out / "path",
+        overwrite=overwrite,
         progress=True,
+        **settings,
     )
     seconds["search"] = time.perf_counter() - began
 
@@ -212,7 +225,7 @@ def run(out: Path, *, steps: int, recover_steps: int | None, seed: int, say: Cal
 
     say(f"3/4 recover each: {recover_steps} distillation steps")
     began = time.perf_counter()
-    settings: dict[str, Any] = {"steps": recover_steps, "seed": seed, "bf16": bf16}
+    settings["steps"] = recover_steps
     teacher = Targets(dense, HiddenObjective())  # every size sees the same batches: the dense model runs once
     for entry, small in zip(members[1:], sliced, strict=True):
         save_model(recover(small, teacher=teacher, data=data, **settings), out / entry["folder"], source=source)

@@ -14,12 +14,14 @@ quantised one (and refuse ``.half()`` or training) are cleared.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pathprune.artifact import named_folder
+from pathprune.artifact import beside, left, named_folder
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.experts import check_experts
+from pathprune.path import SolutionPath
 from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_modules
 
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
@@ -58,6 +61,7 @@ DENSE_FILES = (
     "path.json",
 )
 MODEL_FILES = r"(model|pytorch_model)[-.].*(safetensors|bin|index\.json)"  # would be read in place of newer ones
+PATH_FILES = r"path\.json|path-[0-9a-f]{12}\.safetensors"
 
 
 class PathpruneConfig(QuantizationConfigMixin):
@@ -229,64 +233,67 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def save_model(
-    model: Any, folder: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, card: str | None = None
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    card: str | None = None,
+    path: SolutionPath | None = None,
 ) -> None:
     """``save_pretrained`` into a folder that is complete or not there at all.
 
-    A model that is there is replaced; other files and folders beside it stay. A model of another library becomes
-    ``model.safetensors`` and ``pathprune.json``; ``load_model`` reads them.
+    A model that is there is replaced; other files and folders beside it stay. Whatever ends this call, a kill too, the
+    folder then holds a whole model with all that stood beside it, the old one or the new one; what a killed run left
+    beside the folder goes with the next call. (Where the system cannot exchange two folders in one step, or the file
+    system has no hard links, a kill at one moment of it leaves the old model under a hidden name, and the next call
+    brings it back.) A model of another library becomes ``model.safetensors`` and ``pathprune.json``; ``load_model``
+    reads them.
 
     Args:
         source: folder or hub id of the dense model, whose tokenizer and other small files come along. Where the hub
             has none to give, a warning says so, and the model is saved without.
         card: content of ``README.md``.
+        path: of this model, from ``elastic`` or ``sort_units``, saved into the same folder in the same step.
 
     Raises:
         ArtifactError: the folder cannot be written, holds something that is not a model, or is ``source``.
     """
     folder = check_free(folder, *([] if source is None else [source]))
-    beside = None if source is None else _small_files(source, model)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        if beside is not None:
-            shutil.copytree(beside, part, ignore=_not_beside(Path(beside)), dirs_exist_ok=True)
-        if _of_transformers(model):
-            try:
-                model.save_pretrained(part)
-            except RuntimeError as error:  # of weights that two modules hold, undeclared
-                raise ArtifactError(
-                    f"transformers cannot save the {type(model).__name__}: {str(error)[:200]}. A layer that the model "
-                    "holds twice belongs into its _tied_weights_keys; or give each place a copy, by copy.deepcopy"
-                ) from error
-        else:
-            safetensors.torch.save_model(model, str(part / WEIGHTS))
-            (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
-        if card is not None:
-            (part / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            folder.rename(old)
-            try:
-                part.rename(folder)
-            except OSError:
-                old.rename(folder)
-                raise
-            _move_rest(old, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write the model to {folder}: {error}; nothing was changed. "
-            "Free some space, or choose a folder that you may write to"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    files = None if source is None else _small_files(source, model)
+    with beside(folder) as (part, old):
+        try:
+            part.mkdir(parents=True)
+            if files is not None:
+                shutil.copytree(files, part, ignore=_not_beside(Path(files)), dirs_exist_ok=True)
+            if _of_transformers(model):
+                try:
+                    model.save_pretrained(part)
+                except RuntimeError as error:  # of weights that two modules hold, undeclared
+                    raise ArtifactError(
+                        f"transformers cannot save the {type(model).__name__}: {str(error)[:200]}. A layer that the "
+                        "model holds twice belongs into its _tied_weights_keys; or give each place a copy, by "
+                        "copy.deepcopy"
+                    ) from error
+            else:
+                safetensors.torch.save_model(model, str(part / WEIGHTS))
+                (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
+            if card is not None:
+                (part / "README.md").write_text(card, encoding="utf-8")
+            if path is not None:
+                path.save(part)
+            _to_disk(part)
+            _put(part, folder, old)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"cannot write the model to {folder}: {error}; nothing was changed. "
+                "Free some space, or choose a folder that you may write to"
+            ) from error
+        finally:
+            _settle(folder, part, old)
 
 
 def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Where a model may be written: the folder that ``folder`` is, or links to.
+    """Where a model may be written: the folder that ``folder`` is, or links to; without what a killed run left there.
 
     Args:
         sources: folders or hub ids of the models that the new one comes from.
@@ -297,28 +304,109 @@ def check_free(folder: str | os.PathLike[str], *sources: str | os.PathLike[str])
     folder = named_folder(folder).resolve()
     if any(Path(source).resolve() == folder for source in sources):
         raise ArtifactError(
-            f"{folder} is the model that this one was made from, and would be lost; choose another --out"
+            f"{folder} is the model that this one was made from, and would be lost; choose another folder"
         )
+    for rest in left(folder.parent, re.escape(folder.name)):
+        if back := _settle(folder, rest.with_suffix(".part"), rest.with_suffix(".old")):
+            warnings.warn(f"a run was killed while it replaced the model in {folder}; {back} is back", stacklevel=3)
+    try:
+        held = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"cannot read {folder}: {error.strerror or error}; choose another folder") from error
     if (folder.exists() and not folder.is_dir()) or (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in ("config.json", SHAPES))
+        held and not any((folder / name).exists() for name in ("config.json", SHAPES))
     ):
-        raise ArtifactError(f"{folder} exists and is not a model folder; choose another --out, or remove it")
+        raise ArtifactError(f"{folder} exists and is not a model folder; choose another folder, or remove it")
     return folder
 
 
-def _move_rest(old: Path, folder: Path) -> None:
-    """What stood beside the old model, and is no part of it, to the new one."""
-    for rest in list(old.iterdir()):
-        if not ((folder / rest.name).exists() or re.fullmatch(MODEL_FILES, rest.name)):
-            try:
+def _to_disk(folder: Path) -> None:
+    """Have every file reach the disk before the old model goes, in case the machine stops."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _put(part: Path, folder: Path, old: Path) -> None:
+    """Rename a complete model into place. What was there gets the name ``old``; ``_settle`` goes on from wherever
+    this ends.
+    """
+    if not folder.exists():
+        part.rename(folder)
+    elif _link_rest(folder, part) and _exchange(part, folder):
+        with suppress(OSError):  # nothing but the old model is in it
+            part.rename(old)
+    else:
+        folder.rename(old)
+        part.rename(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system cannot (Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, which absolute paths do not use, and RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _settle(folder: Path, part: Path, old: Path) -> str:
+    """Finish a replacement, or undo it: ``folder`` holds the new model or else the old, with all that stood beside it,
+    and ``part`` and ``old`` are gone.
+
+    Returns:
+        What was brought back, in words.
+
+    Raises:
+        ArtifactError: it cannot be; ``old`` still holds it.
+    """
+    back = ""
+    try:
+        if os.path.exists(old) and not folder.exists():
+            old.rename(folder)
+            back = "the old one"
+        shutil.rmtree(part, ignore_errors=True)
+        if os.path.exists(old):  # it is False of names that are too long
+            for rest in _rest(old, folder):
                 rest.rename(folder / rest.name)
-            except OSError as error:
-                raise ArtifactError(
-                    f"the model is in {folder}, but {rest.name} that stood beside the old one is still in {old} "
-                    f"({error.strerror or error}); move what is there yourself"
-                ) from error
+                back = "what stood beside it"
+            with suppress(OSError):
+                old.rename(part)  # nothing in it is wanted any more
+    except OSError as error:
+        raise ArtifactError(
+            f"what stood in {folder} is still in {old} ({error.strerror or error}); move what you need yourself"
+        ) from error
+    for gone in (part, old):
+        shutil.rmtree(gone, ignore_errors=True)
+    return back
+
+
+def _rest(old: Path, new: Path) -> list[Path]:
+    """What stands beside the old model, is no part of it, and is not beside the new one."""
+    paths = (old / "path.json").exists() and (new / "path.json").exists()  # the tensors of the old one go with it
+    parts = f"{MODEL_FILES}|{PATH_FILES}" if paths else MODEL_FILES
+    return [rest for rest in old.iterdir() if not (os.path.lexists(new / rest.name) or re.fullmatch(parts, rest.name))]
+
+
+def _link_rest(folder: Path, part: Path) -> bool:
+    """Give all that stands beside the old model a second name beside the new one, so that it is there whichever of the
+    two is; False where the file system has no such links, and the rest must be moved later.
+    """
+    rest = _rest(folder, part)
+    try:
+        for one in rest:
+            if one.is_dir() and not one.is_symlink():
+                shutil.copytree(one, part / one.name, symlinks=True, copy_function=os.link)
+            elif one.is_symlink():
+                os.symlink(os.readlink(one), part / one.name)
+            else:
+                os.link(one, part / one.name)
+    except OSError:
+        for one in rest:
+            with suppress(OSError):
+                (part / one.name).unlink()
+            shutil.rmtree(part / one.name, ignore_errors=True)
+        return False
+    return True
 
 
 def _small_files(source: str | os.PathLike[str], model: Any) -> str | os.PathLike[str] | None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pathprune.artifact import describe_artifact, reading
+from pathprune.artifact import open_artifact, reading
 from pathprune.budget import Budget, Selection
 from pathprune.compensation import folded
 from pathprune.delta import moved
@@ -317,10 +317,10 @@ class _Moved(_Weights):
 @contextmanager
 def _opened_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _Told]]:
     """The path without its moments, and those to be read by parts."""
-    meta, file = describe_artifact(folder, "path", FORMAT)
+    meta, opened = open_artifact(folder, "path", FORMAT, lambda file: safe_open(file, framework="pt"))
     with ExitStack() as stack:
         with reading(folder, "path"):
-            tensors = stack.enter_context(safe_open(file, framework="pt"))
+            tensors = stack.enter_context(opened)
             names = set(tensors.keys())
             large = {name for name in names if name.partition("/")[0] in LARGE}
             small = {name: tensors.get_tensor(name).numpy() for name in names - large}

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from numbers import Real
@@ -44,6 +44,7 @@ STATISTICS_BATCHES = 64
 FEW_STEPS = 20
 OUTPUT_LR = 0.01
 RATES = ("fill_lr", "slope_lr", "output_lr")
+RESUMING = {"a finished path": "load it", "an unfinished search": "go on with it"}
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def search(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool | None = None,
     **settings: Any,
 ) -> SolutionPath:
@@ -176,6 +178,8 @@ def search(
         out: folder for the path and checkpoints.
         resume: go on from the checkpoint in ``out``; model and settings must be the same. A
             search that had finished is loaded.
+        overwrite: search anew where ``out`` holds a search, finished or not. A path that is there stays until the new
+            one replaces it.
         progress: show a bar, or lines where there is no terminal; by default a bar on a terminal and nothing elsewhere.
         **settings: ``unit=``, ``multiple=``, ``basis=``, ``fill=``, ``compensate=`` and the other fields of
             ``SearchConfig``.
@@ -185,7 +189,7 @@ def search(
         SettingError: a setting that does not exist, or whose value is out of range.
         DataError: empty data, wrong keys, or a loss that is not finite.
         MismatchError: ``resume`` with another model, other settings or other data.
-        ArtifactError: ``out`` cannot be written, or holds nothing to resume.
+        ArtifactError: ``out`` cannot be written, holds nothing to resume, or a search that is not to be overwritten.
     """
     known = {field.name for field in fields(SearchConfig)}
     if unknown := sorted(set(settings) - known):
@@ -199,8 +203,15 @@ def search(
         )
     if resume and out is None:
         raise SettingError("resume=True needs out=, the folder of the search to go on with")
+    if resume and overwrite:
+        raise SettingError("resume=True goes on with the search in out=, overwrite=True begins anew; give one of them")
     if out is not None:
         named_folder(out)
+    if out is not None and not (resume or overwrite) and (held := held_search(out)):
+        raise ArtifactError(
+            f"{out} holds {held}; give resume=True to {RESUMING[held]}, overwrite=True to search anew in its place, "
+            "or another out="
+        )
     _check_present(model)
     device = next(model.parameters()).device
     with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
@@ -212,7 +223,7 @@ def search(
             path = SolutionPath.load(out)
             _check_same(pairs, config, asdict(path.pairs.base), path.config, out)
             _check_data(batches, path.config.get("data"), out)
-            remove_artifact(out, "statistics")  # where it was stopped between its last two lines
+            _remove_checkpoint(Path(out))  # where it was stopped between its last two lines
             return path
         with _frozen(model), evaluating(model):
             run = _Run(model, pairs, batches, goal, config, None if out is None else Path(out), progress)
@@ -222,6 +233,20 @@ def search(
                 run.start()
             with seeded(seed, device):  # anew, so that a search that goes on finds its data in the same order
                 return run.finish()
+
+
+def held_search(out: str | os.PathLike[str]) -> str | None:
+    """What a folder holds that another search would replace, a key of ``RESUMING``."""
+    if (Path(out) / "checkpoint.json").exists():
+        return "an unfinished search"
+    return "a finished path" if (Path(out) / "path.json").exists() else None
+
+
+def _remove_checkpoint(out: Path) -> None:
+    """Of a search that is finished; what cannot be deleted wastes space, and may be resumed to the same end."""
+    with suppress(OSError):
+        remove_artifact(out, "checkpoint")
+        remove_artifact(out, "statistics")
 
 
 class _Run:
@@ -433,8 +458,7 @@ class _Run:
         )
         if self.out is not None:
             path.save(self.out)
-            remove_artifact(self.out, "checkpoint")
-            remove_artifact(self.out, "statistics")
+            _remove_checkpoint(self.out)
         return path
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
