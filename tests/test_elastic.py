@@ -111,6 +111,17 @@ def test_the_teacher_is_evaluated(searched: tuple[BertModel, SolutionPath]) -> N
     assert torch.equal(teacher(batch), Targets(taught.eval(), HiddenObjective())(batch))
 
 
+def test_a_layer_that_the_model_holds_under_two_names() -> None:
+    dense = tiny_bert()
+    dense.alias = dense.encoder.layer[1].output
+    path = pp.SolutionPath.from_scores(
+        pairs := pp.find_pairs(dense), {pair.name: np.ones(pair.shape) for pair in pairs}
+    )
+    model, again = pp.elastic(dense, path, data=tiny_batches(count=12), steps=3, lr=1e-3, progress=False)
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
+    pp.slice_model(model, again.select(pp.Budget(keep=0.5)))
+
+
 def test_experts_are_recovered_too() -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -255,6 +255,10 @@ def test_bad_input_is_refused() -> None:
     for wrong in ({"steps": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}):
         with pytest.raises(pp.SettingError, match=r"steps=\d+ and lr=.* must be positive, and finite"):
             pp.recover(small, teacher=teacher, data=tiny_batches(), **wrong)
+    with pytest.raises(pp.SettingError, match="seed=10"):
+        pp.recover(small, teacher=teacher, data=tiny_batches(), seed=10**30, lora_rank=1)
+    with pytest.raises(pp.UnsupportedModelError, match=r"DataParallel holds a model .* pass model\.module"):
+        pp.recover(torch.nn.DataParallel(small), teacher=teacher, data=tiny_batches())
     one = {"input_ids": torch.arange(5, 12)[None]}
     with pytest.raises(pp.DataError, match="the data is one sample, of which none can be held back"):
         pp.recover(small, teacher=teacher, data=[one, one])

@@ -5,7 +5,6 @@ What a closed form can give back, every size has from the start: ``pathprune.com
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from pathprune.data import Batches
 from pathprune.errors import MismatchError
-from pathprune.modes import evaluating
+from pathprune.modes import copied, evaluating
 from pathprune.objectives import Objective, Targets
 from pathprune.recovery.distill import Outcome as Outcome
 from pathprune.recovery.distill import distill, low_rank, trainable, warn_of_nothing
 from pathprune.recovery.nested import elastic as elastic
+from pathprune.wrapped import check_bare
 
 
 def recover(
@@ -58,14 +58,17 @@ def recover(
         progress: show a bar; by default only on a terminal.
 
     Raises:
+        UnsupportedModelError: one of the models is a wrapper, or hides its maps.
         MismatchError: ``small`` was not sliced from a model like ``teacher``.
         SettingError: a setting is out of range.
         DataError: empty data or one sample alone, wrong keys, or a loss that is not finite.
     """
     dense = teacher.teacher if isinstance(teacher, Targets) else teacher
+    for model in (small, dense):
+        check_bare(model)
     _check_sliced(small, dense)
     batches = Batches(dense, data)
-    student = copy.deepcopy(small)
+    student = copied(small)
     update = nullcontext() if lora_rank is None else low_rank(student, lora_rank, seed)
     with evaluating(dense), evaluating(student), update as trained:
         outcome = distill(

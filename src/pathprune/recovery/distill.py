@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pathprune.data import Batch, Batches, check_finite
 from pathprune.errors import SettingError
-from pathprune.modes import mixed, seeded
+from pathprune.modes import check_seed, mixed, seeded
 from pathprune.objectives import Objective, Targets, get_objective
 from pathprune.outputs import samples
 from pathprune.progress import track
@@ -49,6 +49,7 @@ def low_rank(student: nn.Module, rank: int, seed: int) -> Iterator[list[nn.Param
     """
     if rank < 1:
         raise SettingError(f"lora_rank={rank} must be positive")
+    check_seed(seed)
     noise = torch.Generator().manual_seed(seed)
     weights = {id(parameter) for parameter in trainable(student)}
     maps = [m for m in student.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in weights]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pathprune.budget import Budget, Selection
 from pathprune.compensation import compensators
@@ -148,9 +147,22 @@ class _Student(nn.Module):
             self.deltas.append(nn.Parameter(start.to(parameter.device, torch.float32)))
 
     def forward(self, **batch: Tensor) -> Any:
-        deltas = zip(self.of.items(), self.deltas, strict=True)
-        here = {name: moved(parameter, delta, self.share) for (name, parameter), delta in deltas}
-        return functional_call(self.model, here, (), batch)
+        deltas = zip(self.of.values(), self.deltas, strict=True)
+        here = {id(parameter): moved(parameter, delta, self.share) for parameter, delta in deltas}
+        held = [
+            (module._parameters, key, parameter)
+            for module in self.model.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in here
+        ]
+        try:
+            # torch.func.functional_call leaves such tensors in a module that the model holds under two names.
+            for parameters, key, parameter in held:
+                parameters[key] = here[id(parameter)]  # type: ignore[assignment]
+            return self.model(**batch)
+        finally:
+            for parameters, key, parameter in held:
+                parameters[key] = parameter
 
     def delta(self) -> dict[str, Floats]:
         """By parameter, as a path has them."""
