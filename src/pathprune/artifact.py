@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ import safetensors.numpy
 from pathprune.errors import ArtifactError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+# Bytes of a description. A pair takes about one thousand; hostile JSON thirty times its bytes in memory.
+LARGEST = 16 * 2**20
 
 
 def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
@@ -41,7 +45,8 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
     data = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{name}-{digest[:12]}.safetensors"
-    text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)
+    whole = {**meta, "tensors": {"file": target.name, "sha256": digest}}
+    text = json.dumps({**whole, "sha256": content_hash(whole)}, indent=1, allow_nan=False)
     ours = False  # the target is new, and goes again if its description cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
     """
     with reading(folder, name):
         meta, file = describe_artifact(folder, name, version)
-        data = file.read_bytes()
+        data = read_regular(file)
         if hashlib.sha256(data).hexdigest() != meta["tensors"]["sha256"]:
             raise ValueError(f"{file.name} does not have the recorded SHA-256; it is truncated or was altered")
         return meta, safetensors.numpy.load(data)
@@ -92,7 +97,7 @@ def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -
     """
     path = Path(folder) / f"{name}.json"
     with reading(folder, name):
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_regular(path, LARGEST))
         if not isinstance(meta, dict):
             raise ValueError("not a JSON object")
         if meta.get("format") != version:
@@ -100,10 +105,43 @@ def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -
                 f"{path} has format {meta.get('format')!r}, this pathprune reads format {version}; "
                 "use the pathprune release that wrote it, or search again"
             )
+        if "sha256" in meta and meta.pop("sha256") != content_hash(meta):  # 0.1.0 wrote none
+            raise ValueError("its content does not have the recorded SHA-256; it was altered")
         file = str(meta["tensors"]["file"])
         if Path(file).name != file:
             raise ValueError(f"tensor file {file!r} lies outside the folder")
         return meta, path.parent / file
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of what JSON holds, whatever the order of its keys and the space between them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_regular(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is a pipe, a device or a folder, which could be read for ever, or longer than ``largest``.
+    """
+    with open_regular(path) as file:
+        if largest is not None and os.fstat(file.fileno()).st_size > largest:
+            raise ValueError(f"{path} is larger than {largest / 2**20:.0f} MiB, the limit of a description")
+        return file.read() if largest is None else file.read(largest)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file, unless it is a pipe, a device or a folder; see ``read_regular``."""
+    # A pipe that nobody writes to would keep a plain open waiting. A folder: on Windows it is a PermissionError.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
 
 
 @contextmanager
@@ -116,7 +154,15 @@ def reading(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
         raise ArtifactError(f"{error.filename} does not exist; {folder} holds no complete {name}") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
 
 

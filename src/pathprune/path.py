@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget, Selection, select
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.order import UNITS, Order, Unit, removal_order
-from pathprune.pairs import BaseModel, Pair, PairList, Slot
+from pathprune.pairs import BaseModel, Pair, PairList, Slot, whole
 
 FORMAT = 1
 # Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size
@@ -36,6 +37,10 @@ ARRAYS = {
     "delta_sum": "f8",
     "delta_normal": "f8",
 }
+
+# Of a sorted path, these are read by parts (``pathprune.partial``): ``checks`` lets a part be checked.
+LARGE = ("covariance", "normal", "delta", "delta_normal")
+CHECKS = ("check0", "check1", "check2")
 
 Floats = npt.NDArray[np.floating]
 
@@ -104,10 +109,16 @@ class SolutionPath:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        shapes = [np.shape(array) for array in (self.trajectory.loss, self.trajectory.level, self.trajectory.gamma_l1)]
+        steps = shapes[0][:1]
+        if shapes[:2] != [steps, steps] or (*steps, len(self.pairs)) != shapes[2] and shapes[2] != (0, 0):
+            raise MismatchError(f"the trajectory's arrays have the shapes {shapes}, which do not go together")
         if self.unit not in UNITS:
             raise MismatchError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if not all(isinstance(value, int) and value >= 1 for value in (self.multiple, self.seq_len)):
-            raise MismatchError(f"multiple={self.multiple} and seq_len={self.seq_len} must be integers, at least 1")
+        if not whole(self.multiple, self.seq_len):
+            raise MismatchError(
+                f"multiple={self.multiple} and seq_len={self.seq_len} must be integers, at least 1 and below 2^31"
+            )
         if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
             raise MismatchError("config and versions must be dicts")
         names = {pair.name for pair in self.pairs}
@@ -147,6 +158,7 @@ class SolutionPath:
                 check_array(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
             if pair.name in self.basis:
                 check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+                _check_invertible(f"basis of {pair.name}", self.basis[pair.name])
             if pair.name in self.slope:
                 check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
             if pair.name in self.output:
@@ -212,6 +224,8 @@ class SolutionPath:
                 tensors[f"{part}/{name}"] = array
         for name, array in asdict(self.trajectory).items():
             tensors[f"trajectory/{name}"] = np.asarray(array, dtype=np.float32)
+        if self.fill_sum:
+            tensors |= checks({name: array for name, array in tensors.items() if name.partition("/")[0] in LARGE})
         meta = {
             "format": FORMAT,
             "base": asdict(self.pairs.base),
@@ -222,6 +236,11 @@ class SolutionPath:
             "seq_len": self.seq_len,
             "config": self.config,
             "versions": self.versions,
+            "checksums": {
+                name: zlib.crc32(array.tobytes())
+                for name, array in sorted(tensors.items())
+                if name.partition("/")[0] not in LARGE
+            },
         }
         write_artifact(folder, "path", meta, tensors)
 
@@ -247,6 +266,10 @@ class SolutionPath:
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
+                if part in CHECKS:
+                    continue
+                if array.dtype.kind != "f":
+                    raise ValueError(f"{key} holds {array.dtype}, not floating-point numbers")
                 parts[part][name] = array
             pairs = [Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]]
             return cls(
@@ -260,7 +283,7 @@ class SolutionPath:
                 config=meta["config"],
                 versions=meta["versions"],
             )
-        except (KeyError, TypeError, AttributeError, ValueError, MismatchError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, MismatchError) as error:
             raise ArtifactError(
                 f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again"
             ) from error
@@ -275,6 +298,38 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "unknown"
     return versions
+
+
+def checks(arrays: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
+    """Checksums of the rows of arrays, and of their columns.
+
+    Returns:
+        ``check<d>/<name>`` -> CRC-32 of each place along dimension d, one of the last two; by expert where arrays of
+        three dimensions stack one for each.
+    """
+    found = {}
+    for name, array in arrays.items():
+        for dim in range(max(0, array.ndim - 2), array.ndim):
+            found[f"check{dim}/{name}"] = line_checks(array, dim)
+    return found
+
+
+def line_checks(array: npt.NDArray[Any], dim: int) -> npt.NDArray[np.uint32]:
+    """(..., places), CRC-32 of what stands at each place along ``dim``."""
+    ahead = max(0, array.ndim - 2)  # dimensions that stack
+    lines = np.ascontiguousarray(np.moveaxis(array, dim, ahead))
+    shape = lines.shape[: ahead + 1]
+    flat = lines.reshape(int(np.prod(shape)), int(np.prod(lines.shape[ahead + 1 :])))
+    return np.array([zlib.crc32(line) for line in flat], dtype=np.uint32).reshape(shape)
+
+
+def _check_invertible(what: str, matrices: Floats) -> None:
+    try:
+        if np.isfinite(np.linalg.inv(matrices)).all():
+            return
+    except np.linalg.LinAlgError:
+        pass
+    raise MismatchError(f"{what} has a matrix that cannot be inverted")
 
 
 def check_array(what: str, array: Floats, shape: Sequence[int]) -> None:
