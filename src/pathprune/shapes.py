@@ -152,35 +152,172 @@ def linear_map(model: nn.Module, name: str) -> Map:
 
 
 def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a freshly built model the maps of a record; weights are left uninitialised."""
+    """Give a freshly built model the maps of a record; weights are left uninitialised.
+
+    Raises:
+        ArtifactError: the record is not that of a slice of this model.
+    """
+    check_record(model, record)
     for name, shape in record["modules"].items():
         old = linear_map(model, name)
-        _check_smaller(name, shape, old)
         new = sized_map(old, shape, old.weight.device)
         # The map itself changes, as a model may hold it in other places, too (Mask2Former: in lists).
         old.__class__, old.__dict__ = type(new), vars(new)
     for name, shapes in record["parameters"].items():
         module = model.get_submodule(name)
         for parameter, shape in shapes.items():
-            whole = getattr(module, parameter)
-            if len(shape) != whole.dim() or any(size > limit for size, limit in zip(shape, whole.shape, strict=True)):
-                raise ArtifactError(
-                    f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {[*whole.shape]}"
-                )
-            setattr(module, parameter, nn.Parameter(whole.new_empty(shape)))
+            setattr(module, parameter, nn.Parameter(getattr(module, parameter).new_empty(shape)))
 
 
-def _check_smaller(name: str, shape: Mapping[str, Any], old: Map) -> None:
-    """A slice is never larger than its dense map; a record that says so would only claim memory."""
-    for side, limit in zip(("in", "out"), features(old), strict=True):
-        size, pad = shape[f"{side}_features"], shape["pad"]
-        shown = size
-        if pad and pad["side"] == side:
-            shown = pad["blocks"] * pad["padded"] if "blocks" in pad else pad["size"]
+def check_record(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Refuse a record that slicing would not have written for this dense model: it comes from a file.
+
+    Raises:
+        ArtifactError: maps do not fit the dense ones, sizes of an attention do not go together, or not with its maps.
+    """
+    for name, shape in record["modules"].items():
+        _check_map(name, shape, linear_map(model, name))
+    for name, shapes in record["parameters"].items():
+        held = dict(model.get_submodule(name).named_parameters(recurse=False))
+        for parameter, shape in shapes.items():
+            dense = [*held[parameter].shape] if parameter in held else None
+            if dense is None or len(shape) != len(dense) or sum(a != b for a, b in zip(shape, dense, strict=True)) > 1:
+                raise ArtifactError(f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {dense}")
+            if any(a > b for a, b in zip(shape, dense, strict=True)):
+                raise ArtifactError(f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {dense}")
+    for name in {**record["attributes"], **record["rotary"]}:
+        attention, sizes = model.get_submodule(name), record["attributes"].get(name, {})
+        width = _check_sizes(name, attention, sizes)
+        if name in record["rotary"]:
+            _check_columns(name, record["rotary"][name], head_width(attention) or 0, width)
+        _check_heads(name, attention, sizes, width, record)
+
+
+def _check_map(name: str, shape: Mapping[str, Any], old: Map) -> None:
+    """A slice is smaller on one side, never larger: a record that says so would only claim memory."""
+    pad = shape["pad"]
+    sizes = dict(zip(("in", "out"), features(old), strict=True))
+    for side, limit in sizes.items():
+        size = shape[f"{side}_features"]
+        shown = _seen(shape, side)
         if max(size, shown) > limit:
             raise ArtifactError(
                 f"the shape record gives {name} {side}_features={max(size, shown)}; the dense map has {limit}"
             )
+    same = [side for side, limit in sizes.items() if shape[f"{side}_features"] == limit]
+    if not same or (pad and {"in": "out", "out": "in"}[pad["side"]] not in same):
+        raise ArtifactError(
+            f"the shape record gives {name} in_features={shape['in_features']} and "
+            f"out_features={shape['out_features']}; the dense map has {sizes['in']} and {sizes['out']}, of which slicing "
+            "changes one"
+        )
+    if old.bias is not None and not shape["bias"]:
+        raise ArtifactError(f"the shape record takes the bias of {name}, which slicing never does")
+
+
+def _seen(shape: Mapping[str, Any], side: str) -> int:
+    """Features of one side of a map, with the zeros among them."""
+    pad = shape["pad"]
+    if not pad or pad["side"] != side:
+        return int(shape[f"{side}_features"])
+    return int(pad["blocks"] * pad["padded"] if "blocks" in pad else pad["size"])
+
+
+def _check_sizes(name: str, attention: nn.Module, sizes: Mapping[str, int | float]) -> int | float:
+    """Hold an attention's sizes against one another; the width of its heads, zero where it has none."""
+
+    def refuse(what: str) -> ArtifactError:
+        return ArtifactError(f"the shape record of {name} sets {dict(sizes)}: {what}; it was altered, copy it again")
+
+    for attribute, value in sizes.items():
+        dense = getattr(attention, attribute, None)
+        if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
+            raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
+    now: dict[tuple[str, ...], tuple[Any, Any]] = {}  # of each kind of size: dense, and as recorded
+    for kind in (WIDTHS, KEY_HEADS, HEADS, TOTALS, KEY_TOTALS, SCALES):
+        given = {(getattr(attention, key), sizes[key]) for key in kind if key in sizes}
+        if len(given) > 1:
+            raise refuse("sizes that are the same in the dense model differ")
+        if given:
+            now[kind] = given.pop()
+    width, heads, total = (now.get(kind) for kind in (WIDTHS, HEADS, TOTALS))
+    if width and total and total[0] % width[0] == 0:
+        if width[1] == 0 or total[1] % width[1]:
+            raise refuse("heads of that width do not make that size")
+        heads = heads or (total[0] // width[0], total[1] // width[1])
+    elif heads and total and heads[1] and total[0] % heads[0] == 0:
+        width = (total[0] // heads[0], total[1] // heads[1])
+    elif total and not (width and heads) and _entry(attention, HEADS) * (head_width(attention) or 0) == total[0]:
+        raise refuse("the width and the number of heads are missing")
+    expected = {WIDTHS: width, HEADS: heads}
+    if width and heads:
+        expected[TOTALS] = (width[0] * heads[0], width[1] * heads[1])
+    if width and KEY_HEADS in now:
+        expected[KEY_TOTALS] = (width[0] * now[KEY_HEADS][0], width[1] * now[KEY_HEADS][1])
+    if KEY_HEADS in now and heads and now[KEY_HEADS][0] * heads[1] != now[KEY_HEADS][1] * heads[0]:
+        raise refuse("queries and keys have not kept the same share of heads")
+    for kind, pair in {**{kind: now[kind] for kind in now}, **expected}.items():
+        for key in kind if pair else ():
+            if getattr(attention, key, None) == pair[0] and sizes.get(key) != pair[1] and kind != SCALES:
+                raise refuse(f"{key} should be {pair[1]}, and is {sizes.get(key, 'missing')}")
+    if SCALES in now and width and now[SCALES] != (width[0] ** -0.5, width[1] ** -0.5):
+        raise refuse("the scale is not that of heads of that width")
+    return width[1] if width else head_width(attention) or 0
+
+
+def _entry(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of some attributes; zero where there is none."""
+    return next((value for name in names if isinstance(value := getattr(module, name, None), int)), 0)
+
+
+def _check_columns(name: str, columns: list[int], dense: int, width: int | float) -> None:
+    """Rotary columns come in couples, which turn together: dimensions i and i + D/2, or 2i and 2i + 1."""
+    if max(columns, default=0) >= dense:
+        raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {dense}")
+    half = len(columns) // 2
+    couples = [(columns[:half], columns[half:], dense // 2), (columns[::2], columns[1::2], 1)]
+    for first, second, apart in couples:
+        units = first if apart > 1 or dense == 2 else [column // 2 for column in first]
+        kept = units[: next((at for at in range(1, half) if units[at] <= units[at - 1]), half)]
+        if (
+            2 * half == len(columns) == width
+            and all(b - a == apart for a, b in zip(first, second, strict=True))
+            and (apart > 1 or dense == 2 or not any(column % 2 for column in first))
+            and max(units, default=0) < max(dense // 2, 1)
+            and not any(units[len(kept) :])  # padded columns are the first, again
+        ):
+            return
+    raise ArtifactError(
+        f"the shape record of {name} has rotary columns that are not couples in order, as many as a head of "
+        f"{width} has dimensions; it was altered, copy it again"
+    )
+
+
+def _check_heads(
+    name: str, attention: nn.Module, sizes: Mapping[str, int | float], width: int | float, record: Mapping[str, Any]
+) -> None:
+    """What an attention is seen to have of its maps is heads of its width."""
+    dense = head_width(attention)
+    maps = {
+        inner: module
+        for inner, module in attention.named_modules()
+        if isinstance(module, Map) and f"{name}.{inner}" in record["modules"]
+    }
+    if not dense or not sizes or len(maps) > 5:  # more than attention
+        return
+    for inner, module in maps.items():
+        shape = record["modules"][f"{name}.{inner}"]
+        for side, limit in zip(("in", "out"), features(module), strict=True):
+            seen = _seen(shape, side)
+            if (
+                limit != seen
+                and limit % dense == 0
+                and all(seen % every for every in (width, dense) if every)
+            ):
+                raise ArtifactError(
+                    f"the shape record shows {name}.{inner} with {seen} features, which are no heads of {width}; "
+                    "it was altered, copy it again"
+                )
 
 
 def head_width(attention: nn.Module) -> Any:
@@ -190,16 +327,9 @@ def head_width(attention: nn.Module) -> Any:
 
 def shape_attention(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give the attention of a model the sizes of a record, once it has its weights: initialising code reads sizes."""
-    for name, columns in record["rotary"].items():
-        width = head_width(model.get_submodule(name)) or 0
-        if max(columns, default=0) >= width:
-            raise ArtifactError(f"the shape record of {name} has rotary column {max(columns)}; the head has {width}")
     for name, attributes in record["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            dense = getattr(module, attribute, None)
-            if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
-                raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
             setattr(module, attribute, value)
     for name, columns in record["rotary"].items():
         model.get_submodule(name).register_forward_pre_hook(_RotaryColumns(columns), with_kwargs=True)
