@@ -247,7 +247,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "parent's tensors": (redirect("../outside.safetensors"), r"lies outside the folder.*Copy it again"),
     "absolute tensors": (redirect("PARENT/outside.safetensors"), r"lies outside the folder"),
     "the folder as tensors": (redirect(".."), r"thing"),
-    "another note": (edit_under_the_hash, r"its content does not have the recorded SHA-256; it was altered.*Copy it again"),
+    "another note": (
+        edit_under_the_hash,
+        r"its content does not have the recorded SHA-256; it was altered.*Copy it again",
+    ),
     "a pipe": (in_place_of("description", os.mkfifo), r"thing\.json is no regular file"),
     "a pipe of tensors": (in_place_of("tensors", os.mkfifo), r"\.safetensors is no regular file"),
     "a device": (in_place_of("description", lambda file: file.symlink_to("/dev/zero")), r"is no regular file"),

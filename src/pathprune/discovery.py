@@ -255,10 +255,12 @@ def _check_slots(model: nn.Module, pairs: PairList) -> None:
                 "the path was altered: copy it again, or search again"
             )
         if pair.block and pair.block not in modules:
-            raise MismatchError(f"the path's {pair.name} lies in {pair.block}, which the model has not; search it again")
+            raise MismatchError(f"the path's {pair.name} lies in {pair.block}, which the model has not; search again")
         for slot in pair.slots:
             if slot.module not in modules:
-                raise MismatchError(f"the path's {pair.name} names {slot.module}, which the model has not; search again")
+                raise MismatchError(
+                    f"the path's {pair.name} names {slot.module}, which the model has not; search again"
+                )
             axis, size, bias = _sizes_of(modules[slot.module], slot, pair)
             groups = 1 if pair.stacked else pair.groups
             seen = groups * slot.total * (1 if slot.layout == "rows" else pair.width)

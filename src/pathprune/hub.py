@@ -522,7 +522,9 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
             raise ArtifactError(f"the shape record of {name} has rotary columns that are not indices")
     return {  # a copy; copy.deepcopy would take ten times as long
         "modules": {name: {**shape, "pad": _copied(shape["pad"])} for name, shape in record["modules"].items()},
-        "parameters": {name: {key: [*shape] for key, shape in part.items()} for name, part in record["parameters"].items()},
+        "parameters": {
+            name: {key: [*shape] for key, shape in part.items()} for name, part in record["parameters"].items()
+        },
         "attributes": {name: dict(attributes) for name, attributes in record["attributes"].items()},
         "rotary": {name: [*columns] for name, columns in record["rotary"].items()},
     }

@@ -109,10 +109,6 @@ class SolutionPath:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = [np.shape(array) for array in (self.trajectory.loss, self.trajectory.level, self.trajectory.gamma_l1)]
-        steps = shapes[0][:1]
-        if shapes[:2] != [steps, steps] or (*steps, len(self.pairs)) != shapes[2] and shapes[2] != (0, 0):
-            raise MismatchError(f"the trajectory's arrays have the shapes {shapes}, which do not go together")
         if self.unit not in UNITS:
             raise MismatchError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
         if not whole(self.multiple, self.seq_len):
@@ -271,6 +267,11 @@ class SolutionPath:
                 if array.dtype.kind != "f":
                     raise ValueError(f"{key} holds {array.dtype}, not floating-point numbers")
                 parts[part][name] = array
+            trajectory = Trajectory(**parts["trajectory"])
+            shapes = [array.shape for array in (trajectory.loss, trajectory.level, trajectory.gamma_l1)]
+            steps, of = shapes[0][:1], len(meta["pairs"])
+            if shapes[:2] != [steps, steps] or shapes[2] not in ((*steps, of), (0, 0)):
+                raise ValueError(f"its trajectory has arrays of the shapes {shapes}")
             pairs = [Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]]
             return cls(
                 PairList(pairs, BaseModel(**meta["base"]), meta["refused"]),
@@ -279,7 +280,7 @@ class SolutionPath:
                 multiple=meta["multiple"],
                 seq_len=meta["seq_len"],
                 **{part: parts[part] for part in ARRAYS if part != "ranking"},
-                trajectory=Trajectory(**parts["trajectory"]),
+                trajectory=trajectory,
                 config=meta["config"],
                 versions=meta["versions"],
             )
@@ -305,10 +306,15 @@ def checks(arrays: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
 
     Returns:
         ``check<d>/<name>`` -> CRC-32 of each place along dimension d, one of the last two; by expert where arrays of
-        three dimensions stack one for each.
+        three dimensions stack one for each. Of covariances: of each row up to the diagonal, which is all of it.
     """
     found = {}
     for name, array in arrays.items():
+        if name.startswith("covariance/"):
+            if np.array_equal(array, array.T):
+                rows = [zlib.crc32(row[: at + 1]) for at, row in enumerate(np.ascontiguousarray(array))]
+                found[f"check0/{name}"] = np.array(rows, dtype=np.uint32)
+            continue
         for dim in range(max(0, array.ndim - 2), array.ndim):
             found[f"check{dim}/{name}"] = line_checks(array, dim)
     return found
@@ -320,7 +326,7 @@ def line_checks(array: npt.NDArray[Any], dim: int) -> npt.NDArray[np.uint32]:
     lines = np.ascontiguousarray(np.moveaxis(array, dim, ahead))
     shape = lines.shape[: ahead + 1]
     flat = lines.reshape(int(np.prod(shape)), int(np.prod(lines.shape[ahead + 1 :])))
-    return np.array([zlib.crc32(line) for line in flat], dtype=np.uint32).reshape(shape)
+    return np.array([zlib.crc32(line.data) for line in flat], dtype=np.uint32).reshape(shape)
 
 
 def _check_invertible(what: str, matrices: Floats) -> None:

@@ -15,6 +15,7 @@ A *shape record* is written into the model's configuration::
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,14 @@ TOTALS = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size"
 KEY_TOTALS = ("kv_dim",)
 SCALES = ("scale", "scaling")  # of the attention, likewise: one over the root of the width
 SIZE_ATTRIBUTES = frozenset((*WIDTHS, *KEY_HEADS, *HEADS, *TOTALS, *KEY_TOTALS))
+KINDS: dict[str, tuple[str, ...]] = {
+    "width": WIDTHS,
+    "key heads": KEY_HEADS,
+    "heads": HEADS,
+    "total": TOTALS,
+    "key total": KEY_TOTALS,
+    "scale": SCALES,
+}
 
 Map = nn.Linear | Conv1D
 Record = dict[str, Any]
@@ -180,11 +189,13 @@ def check_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     for name, shapes in record["parameters"].items():
         held = dict(model.get_submodule(name).named_parameters(recurse=False))
         for parameter, shape in shapes.items():
-            dense = [*held[parameter].shape] if parameter in held else None
-            if dense is None or len(shape) != len(dense) or sum(a != b for a, b in zip(shape, dense, strict=True)) > 1:
-                raise ArtifactError(f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {dense}")
-            if any(a > b for a, b in zip(shape, dense, strict=True)):
-                raise ArtifactError(f"the shape record gives {name}.{parameter} the shape {shape}; the dense one has {dense}")
+            dense = [*held[parameter].shape] if parameter in held else []
+            cut = [a for a, b in zip(shape, dense, strict=False) if a != b]
+            if not dense or len(shape) != len(dense) or len(cut) > 1 or any(map(operator.gt, shape, dense)):
+                raise ArtifactError(
+                    f"the shape record gives {name}.{parameter} the shape {shape[:9]}; the dense one has "
+                    f"{dense or 'none of the name'}"
+                )
     for name in {**record["attributes"], **record["rotary"]}:
         attention, sizes = model.get_submodule(name), record["attributes"].get(name, {})
         width = _check_sizes(name, attention, sizes)
@@ -208,8 +219,8 @@ def _check_map(name: str, shape: Mapping[str, Any], old: Map) -> None:
     if not same or (pad and {"in": "out", "out": "in"}[pad["side"]] not in same):
         raise ArtifactError(
             f"the shape record gives {name} in_features={shape['in_features']} and "
-            f"out_features={shape['out_features']}; the dense map has {sizes['in']} and {sizes['out']}, of which slicing "
-            "changes one"
+            f"out_features={shape['out_features']}; the dense map has {sizes['in']} and {sizes['out']}, of which "
+            "slicing changes one"
         )
     if old.bias is not None and not shape["bias"]:
         raise ArtifactError(f"the shape record takes the bias of {name}, which slicing never does")
@@ -233,36 +244,36 @@ def _check_sizes(name: str, attention: nn.Module, sizes: Mapping[str, int | floa
         dense = getattr(attention, attribute, None)
         if not isinstance(dense, type(value)) or (value > dense) != (attribute in SCALES and value != dense):
             raise ArtifactError(f"the shape record sets {name}.{attribute} to {value}; the dense model has {dense}")
-    now: dict[tuple[str, ...], tuple[Any, Any]] = {}  # of each kind of size: dense, and as recorded
-    for kind in (WIDTHS, KEY_HEADS, HEADS, TOTALS, KEY_TOTALS, SCALES):
-        given = {(getattr(attention, key), sizes[key]) for key in kind if key in sizes}
+    now: dict[str, tuple[Any, Any]] = {}  # of each kind of size: in the dense model, and as recorded
+    for kind, keys in KINDS.items():
+        given = {(getattr(attention, key), sizes[key]) for key in keys if key in sizes}
         if len(given) > 1:
             raise refuse("sizes that are the same in the dense model differ")
         if given:
             now[kind] = given.pop()
-    width, heads, total = (now.get(kind) for kind in (WIDTHS, HEADS, TOTALS))
-    if width and total and total[0] % width[0] == 0:
-        if width[1] == 0 or total[1] % width[1]:
+    # Two of width, heads and total make the third.
+    if "width" in now and "total" in now and now["total"][0] % now["width"][0] == 0:
+        if not now["width"][1] or now["total"][1] % now["width"][1]:
             raise refuse("heads of that width do not make that size")
-        heads = heads or (total[0] // width[0], total[1] // width[1])
-    elif heads and total and heads[1] and total[0] % heads[0] == 0:
-        width = (total[0] // heads[0], total[1] // heads[1])
-    elif total and not (width and heads) and _entry(attention, HEADS) * (head_width(attention) or 0) == total[0]:
-        raise refuse("the width and the number of heads are missing")
-    expected = {WIDTHS: width, HEADS: heads}
-    if width and heads:
-        expected[TOTALS] = (width[0] * heads[0], width[1] * heads[1])
-    if width and KEY_HEADS in now:
-        expected[KEY_TOTALS] = (width[0] * now[KEY_HEADS][0], width[1] * now[KEY_HEADS][1])
-    if KEY_HEADS in now and heads and now[KEY_HEADS][0] * heads[1] != now[KEY_HEADS][1] * heads[0]:
-        raise refuse("queries and keys have not kept the same share of heads")
-    for kind, pair in {**{kind: now[kind] for kind in now}, **expected}.items():
-        for key in kind if pair else ():
-            if getattr(attention, key, None) == pair[0] and sizes.get(key) != pair[1] and kind != SCALES:
-                raise refuse(f"{key} should be {pair[1]}, and is {sizes.get(key, 'missing')}")
-    if SCALES in now and width and now[SCALES] != (width[0] ** -0.5, width[1] ** -0.5):
+        now.setdefault("heads", tuple(total // width for total, width in zip(now["total"], now["width"], strict=True)))
+    elif "heads" in now and "total" in now and now["heads"][1] and now["total"][0] % now["heads"][0] == 0:
+        now["width"] = tuple(total // heads for total, heads in zip(now["total"], now["heads"], strict=True))
+    elif "total" in now and _entry(attention, HEADS) * (head_width(attention) or 0) == now["total"][0]:
+        raise refuse("the width or the number of heads is missing")
+    for whole, part in (("total", "heads"), ("key total", "key heads")):
+        if "width" in now and part in now:
+            now[whole] = tuple(width * heads for width, heads in zip(now["width"], now[part], strict=True))
+    if "heads" in now and "key heads" in now:
+        (dense, heads), (dense_keys, keys) = now["heads"], now["key heads"]
+        if heads * dense_keys != keys * dense:
+            raise refuse("queries and keys have not kept the same share of heads")
+    for kind, (dense, value) in now.items():
+        for key in KINDS[kind]:
+            if kind != "scale" and getattr(attention, key, None) == dense and sizes.get(key) != value:
+                raise refuse(f"{key} should be {value}, and is {sizes.get(key, 'missing')}")
+    if "scale" in now and "width" in now and now["scale"] != tuple(width**-0.5 for width in now["width"]):
         raise refuse("the scale is not that of heads of that width")
-    return width[1] if width else head_width(attention) or 0
+    return now["width"][1] if "width" in now else head_width(attention) or 0
 
 
 def _entry(module: nn.Module, names: tuple[str, ...]) -> int:
@@ -309,11 +320,7 @@ def _check_heads(
         shape = record["modules"][f"{name}.{inner}"]
         for side, limit in zip(("in", "out"), features(module), strict=True):
             seen = _seen(shape, side)
-            if (
-                limit != seen
-                and limit % dense == 0
-                and all(seen % every for every in (width, dense) if every)
-            ):
+            if limit != seen and limit % dense == 0 and all(seen % every for every in (width, dense) if every):
                 raise ArtifactError(
                     f"the shape record shows {name}.{inner} with {seen} features, which are no heads of {width}; "
                     "it was altered, copy it again"
