@@ -25,8 +25,9 @@ from pathprune.errors import ArtifactError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-# Bytes of a description. A pair takes about one thousand; hostile JSON thirty times its bytes in memory.
-LARGEST = 16 * 2**20
+# Bytes, and lists and objects, of a description; a pair takes about a thousand bytes and five objects. Hostile JSON
+# takes thirty times its bytes in memory, and seconds for each million of objects.
+LARGEST, MOST = 16 * 2**20, 500_000
 
 
 def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
@@ -83,7 +84,8 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
     """
     with reading(folder, name):
         meta, file = describe_artifact(folder, name, version)
-        data = read_regular(file)
+        with open_regular(file) as opened:
+            data = opened.read()
         if hashlib.sha256(data).hexdigest() != meta["tensors"]["sha256"]:
             raise ValueError(f"{file.name} does not have the recorded SHA-256; it is truncated or was altered")
         return meta, safetensors.numpy.load(data)
@@ -97,7 +99,7 @@ def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -
     """
     path = Path(folder) / f"{name}.json"
     with reading(folder, name):
-        meta = json.loads(read_regular(path, LARGEST))
+        meta = read_json(path)
         if not isinstance(meta, dict):
             raise ValueError("not a JSON object")
         if meta.get("format") != version:
@@ -118,21 +120,30 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_regular(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
-    """The bytes of a file.
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a description says.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is a pipe, a device or a folder, which could be read for ever, or longer than ``largest``.
+        ValueError: it is no JSON, too large, or no regular file.
+        RecursionError: it is too deep.
     """
     with open_regular(path) as file:
-        if largest is not None and os.fstat(file.fileno()).st_size > largest:
-            raise ValueError(f"{path} is larger than {largest / 2**20:.0f} MiB, the limit of a description")
-        return file.read() if largest is None else file.read(largest)
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise ValueError(f"{path} is larger than {LARGEST / 2**20:.0f} MiB, the limit of a description")
+        data = file.read(LARGEST)
+    if (count := data.count(b"[") + data.count(b"{")) > MOST:
+        raise ValueError(f"{path} has {count:,} lists and objects; the limit of a description is {MOST:,}")
+    return json.loads(data)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file, unless it is a pipe, a device or a folder; see ``read_regular``."""
+    """Open a file to read it.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is a pipe, a device or a folder, which could be read for ever.
+    """
     # A pipe that nobody writes to would keep a plain open waiting. A folder: on Windows it is a PermissionError.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

@@ -246,16 +246,18 @@ def _check_slots(model: nn.Module, pairs: PairList) -> None:
     """
     modules = dict(model.named_modules())
     taken: dict[tuple[str, str, str], npt.NDArray[np.bool_]] = {}
-    forms: dict[str, tuple[bool, bool, bool]] = {}
+    forms: dict[str, tuple[int, bool, bool, bool]] = {}
     for pair in pairs:
-        form = (pair.narrow, pair.fewer, pair.rescale)
+        form = (pair.groups, pair.narrow, pair.fewer, pair.rescale)
         if pair.kind != "mlp" and forms.setdefault(pair.block, form) != form:
             raise MismatchError(
-                f"the path's pairs of {pair.block} disagree in what its code follows (narrow, fewer, rescale); "
-                "the path was altered: copy it again, or search again"
+                f"the path's pairs of {pair.block} disagree in their heads, or in what its code follows (narrow, "
+                "fewer, rescale); the path was altered: copy it again, or search again"
             )
-        if pair.block and pair.block not in modules:
-            raise MismatchError(f"the path's {pair.name} lies in {pair.block}, which the model has not; search again")
+        if pair.block not in modules or (pair.kind != "mlp" and pair.name != f"{pair.block}.{pair.kind}".lstrip(".")):
+            raise MismatchError(
+                f"the path's {pair.name} lies in {pair.block!r}, where the model has none; search again"
+            )
         for slot in pair.slots:
             if slot.module not in modules:
                 raise MismatchError(

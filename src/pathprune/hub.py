@@ -35,7 +35,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pathprune.artifact import LARGEST, content_hash, open_regular, read_regular
+from pathprune.artifact import content_hash, open_regular, read_json
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.experts import check_experts
@@ -43,6 +43,7 @@ from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_mod
 
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
+MOST_MODULES = 100_000  # in a shape record
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
 # Of tokenizers, processors and modules of sentence-transformers.
 BESIDE = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken", "[0-9]_*/*"]
@@ -88,6 +89,7 @@ class PathpruneConfig(QuantizationConfigMixin):
         if selection is not None and not isinstance(selection, Mapping):
             raise ArtifactError(f"the shape record's selection is a {type(selection).__name__}; it must be a dict")
         self.selection = dict(selection or {})
+        self.signed = sha256 is not None
         self.sha256 = content_hash({"record": self.record, "selection": self.selection})
         if sha256 is not None and sha256 != self.sha256:
             raise ArtifactError(
@@ -132,27 +134,25 @@ class PathpruneLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         record = _below(model, self.quantization_config.record)
-        shape_modules(model, record)
-        self.shaped: dict[str, tuple[int, ...]] = {
-            f"{name}.{part}": tuple(parameter.shape)
-            for name in {**record["modules"], **record["parameters"]}
-            for part, parameter in model.get_submodule(name).named_parameters(recurse=False)
-        }
+        shape_modules(model, record, doubtful=not self.quantization_config.signed)
+        sliced = {**record["modules"], **record["parameters"]}
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.model, self.parts = model, {_part(model, name) for name in sliced or self.shapes}
+        self.sliced = {name for name in self.shapes if name.rpartition(".")[0] in sliced}
         self.loaded: set[str] = set()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Called for each tensor of the file that the model takes, before it is read."""
         name = converter.target_patterns[0]
         self.loaded.add(name)
-        if name in self.shaped:
+        if name in self.shapes:
             lazy = hasattr(param, "get_shape")
             shape, kind = (param.get_shape(), param.get_dtype()) if lazy else (param.shape, param.dtype)
-            if tuple(shape) != self.shaped[name] or not (
-                kind.startswith(("F", "BF")) if lazy else kind.is_floating_point
-            ):
+            floating = kind.startswith(("F", "BF")) if lazy else kind.is_floating_point
+            if not floating or (_part(self.model, name) in self.parts and tuple(shape) != self.shapes[name]):
                 raise ArtifactError(
                     f"the weights have {name} as {kind} of shape {[*shape]}, where the shape record in config.json "
-                    f"has floating-point numbers of shape {[*self.shaped[name]]}; "
+                    f"has floating-point numbers of shape {[*self.shapes[name]]}; "
                     "they do not belong together: copy both again from their source, or slice the model again"
                 )
         return super().get_new_dtype(converter, param, dtype)
@@ -163,27 +163,23 @@ class PathpruneLoader(HfQuantizer):
         return [c for c in weight_conversions if isinstance(c, PrefixChange) and c.prefix_to_remove]
 
     def _check_loaded(self, model: Any) -> None:
-        """Refuse a sliced layer that the file has no weights for, where transformers would put random ones.
+        """Refuse weights that lack something, where transformers would put random numbers.
 
-        Parts that a file may lack as a whole, as for any model (a head, a pooler), are left to transformers.
+        A class that the model was not saved from may have parts of its own (a head), and any class a pooler that was
+        left out: these are left to transformers, as for any model.
         """
         alike: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             alike.setdefault(id(parameter), []).append(name)
-        base = f"{model.base_model_prefix}."
-
-        def part(name: str) -> str:
-            return name.removeprefix(base).partition(".")[0]
-
-        there = {part(name) for name in self.loaded}
+        there = {_part(model, name) for name in self.loaded}
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
         optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
         for names in alike.values():
             if self.loaded.isdisjoint(names) and (
-                any(name in self.shaped for name in names)
+                any(name in self.sliced for name in names)
                 or (
                     same_class
-                    and any(part(name) in there or "." not in name.removeprefix(base) for name in names)
+                    and any(_part(model, name) in there or "pool" not in _part(model, name) for name in names)
                     and not any(re.search(pattern, name) for pattern in optional for name in names)
                 )
             ):
@@ -209,6 +205,11 @@ class PathpruneLoader(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _part(model: Any, name: str) -> str:
+    """Which of the parts of a model, or of its base model, a module or parameter is in: encoder, pooler, head."""
+    return name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
 
 
 def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -> None:
@@ -267,7 +268,7 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        described = json.loads(read_regular(folder / SHAPES, LARGEST))
+        described = read_json(folder / SHAPES)
         if not isinstance(described, dict):
             raise ValueError(f"{SHAPES} is not a JSON object")
         recorded = described.pop("tensors", None)  # 0.1.0 wrote none
@@ -277,7 +278,7 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             both = recorded if isinstance(recorded, dict) else {}
             wrong = next(name for name in (*found, *both, "everything") if found.get(name) != both.get(name))
             raise ValueError(f"{wrong} in {WEIGHTS} does not have the recorded checksum; it was altered")
-        shape_modules(model, config.record)
+        shape_modules(model, config.record, doubtful=not config.signed)
         safetensors.torch.load_model(model, folder / WEIGHTS)
         shape_attention(model, config.record)
     except (
@@ -488,6 +489,8 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
 
     if not all(isinstance(part, Mapping) and all(isinstance(name, str) for name in part) for part in record.values()):
         raise ArtifactError("the shape record is malformed: modules, parameters, attributes and rotary must be dicts")
+    if (count := sum(map(len, record.values()))) > MOST_MODULES:
+        raise ArtifactError(f"the shape record names {count:,} modules, more than any model has")
     for name, shape in record["modules"].items():
         pad = shape.get("pad") if isinstance(shape, Mapping) else None
         good = (

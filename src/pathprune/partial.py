@@ -9,7 +9,6 @@ attention. Whatever belongs to no pair (embeddings, norms) is read whole. The sm
 from __future__ import annotations
 
 import copy
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pathprune.artifact import LARGEST, describe_artifact, open_regular, read_regular, reading
+from pathprune.artifact import describe_artifact, open_regular, read_json, reading
 from pathprune.budget import Budget, Selection
 from pathprune.compensation import folded
 from pathprune.delta import moved
@@ -419,7 +418,7 @@ def _opened(folder: Path) -> Iterator[_Weights]:
         index = folder / "model.safetensors.index.json"
         shards = [folder / "model.safetensors"]
         if index.exists():
-            held = json.loads(read_regular(index, LARGEST))["weight_map"].values()
+            held = read_json(index)["weight_map"].values()
             shards = [folder / Path(name).name for name in sorted(set(held))]
         with ExitStack() as stack:
             files: dict[str, Any] = {}

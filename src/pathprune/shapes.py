@@ -15,6 +15,7 @@ A *shape record* is written into the model's configuration::
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Mapping
@@ -160,13 +161,18 @@ def linear_map(model: nn.Module, name: str) -> Map:
     return module
 
 
-def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
+def shape_modules(model: nn.Module, record: Mapping[str, Any], *, doubtful: bool = True) -> None:
     """Give a freshly built model the maps of a record; weights are left uninitialised.
+
+    Args:
+        doubtful: the record has no checksum.
 
     Raises:
         ArtifactError: the record is not that of a slice of this model.
     """
     check_record(model, record)
+    if doubtful:
+        _check_seen(model, record)
     for name, shape in record["modules"].items():
         old = linear_map(model, name)
         new = sized_map(old, shape, old.weight.device)
@@ -201,7 +207,6 @@ def check_record(model: nn.Module, record: Mapping[str, Any]) -> None:
         width = _check_sizes(name, attention, sizes)
         if name in record["rotary"]:
             _check_columns(name, record["rotary"][name], head_width(attention) or 0, width)
-        _check_heads(name, attention, sizes, width, record)
 
 
 def _check_map(name: str, shape: Mapping[str, Any], old: Map) -> None:
@@ -304,27 +309,47 @@ def _check_columns(name: str, columns: list[int], dense: int, width: int | float
     )
 
 
-def _check_heads(
-    name: str, attention: nn.Module, sizes: Mapping[str, int | float], width: int | float, record: Mapping[str, Any]
-) -> None:
-    """What an attention is seen to have of its maps is heads of its width."""
-    dense = head_width(attention)
-    maps = {
-        inner: module
-        for inner, module in attention.named_modules()
-        if isinstance(module, Map) and f"{name}.{inner}" in record["modules"]
+def _check_seen(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Refuse a record whose parts do not go together, where no checksum says that they are as they were written."""
+    modules = dict(model.named_modules())
+    cut = {  # map -> the side that changes, what it has of it as seen, and in the dense model
+        (name, side): (_seen(shape, side), limit)
+        for name, shape in record["modules"].items()
+        for side, limit in zip(("in", "out"), features(linear_map(model, name)), strict=True)
+        if shape[f"{side}_features"] != limit
     }
-    if not dense or not sizes or len(maps) > 5:  # more than attention
-        return
-    for inner, module in maps.items():
-        shape = record["modules"][f"{name}.{inner}"]
-        for side, limit in zip(("in", "out"), features(module), strict=True):
-            seen = _seen(shape, side)
-            if limit != seen and limit % dense == 0 and all(seen % every for every in (width, dense) if every):
+    for (name, side), (seen, limit) in cut.items():
+        owner = name.rpartition(".")[0]
+        attention = modules[owner]
+        width = head_width(attention) or 0
+        if side == "out" and limit == width * _entry(attention, HEADS):
+            sizes = record["attributes"].get(owner, {})
+            heads = next((sizes[key] for key in HEADS if key in sizes), _entry(attention, HEADS))
+            if seen != heads * next((sizes[key] for key in WIDTHS if key in sizes), width):
                 raise ArtifactError(
-                    f"the shape record shows {name}.{inner} with {seen} features, which are no heads of {width}; "
-                    "it was altered, copy it again"
+                    f"the shape record shows {name} with {seen} features, which its attention's sizes {dict(sizes)} "
+                    "do not make; it was altered"
                 )
+        scope, shares = name, []
+        while side == "in" and scope and not scope.rpartition(".")[2].isdigit():
+            scope = scope.rpartition(".")[0]
+            shares += [of for (other, way), of in cut.items() if way == "out" and f"{other}.".startswith(f"{scope}.")]
+        if side == "in" and not any(seen * dense == shown * limit for shown, dense in shares):
+            raise ArtifactError(
+                f"the shape record shows {name} with {seen} inputs, which no map puts out; it was altered"
+            )
+    turns = any("rotary" in name.rpartition(".")[2] for name in modules)
+    for name, sizes in record["attributes"].items():
+        attention = modules[name]
+        dense = head_width(attention) or 0
+        width = next((value for key, value in sizes.items() if key in WIDTHS), dense)
+        handed = "position_embeddings" in inspect.signature(attention.forward).parameters
+        if turns and handed and width != dense and not record["rotary"]:
+            raise ArtifactError(f"the shape record makes heads of {name} narrower, and has no rotary columns for them")
+        inside = {key: of for key, of in cut.items() if key[0].startswith(f"{name}.")}
+        for (inner, _), (seen, limit) in inside.items() if dense and len(inside) <= 5 else ():  # more than attention
+            if seen != limit and limit % dense == 0 and all(seen % every for every in (width, dense) if every):
+                raise ArtifactError(f"the shape record shows {inner} with {seen} features, no heads of {width}")
 
 
 def head_width(attention: nn.Module) -> Any:

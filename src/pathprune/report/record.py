@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pathprune.artifact import LARGEST, read_regular
+from pathprune.artifact import read_json
 from pathprune.errors import ArtifactError
 
 FORMAT = 1
@@ -55,7 +55,7 @@ def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / "family.json"
     try:
-        family = json.loads(read_regular(path, LARGEST))
+        family = read_json(path)
         _check(family)
     except FileNotFoundError as error:
         raise ArtifactError(
@@ -216,6 +216,8 @@ def _check(family: Any) -> None:
         for batch, latency in member["latency_ms"].items():
             if not 1 <= int(batch) <= LARGE or not isinstance(latency, NUMBER) or latency < 1e-9:
                 raise ValueError(f"{name}: latency_ms={member['latency_ms']} must name batch sizes and positive times")
+        if more := set(member["latency_ms"]) - set(dense[0]["latency_ms"]):
+            raise ValueError(f"{name}: latency_ms has the batch size {min(more)}, which the dense model has not")
         _expect(f"{name}: widths", member["widths"], dict.fromkeys(full, list))
         for pair, whole in full.items():
             width = member["widths"][pair]
@@ -251,6 +253,6 @@ def _expect(where: str, record: Any, fields: Mapping[str, Any]) -> None:
         raise ValueError(f"{where} is {record!r}, not an object")
     for name, kind in fields.items():
         value = record.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if name not in record or not isinstance(value, kind) or isinstance(value, bool):
             found = repr(value)[:200] if name in record else "absent"
             raise ValueError(f"{where} has no valid {name!r} ({found})")
