@@ -333,7 +333,8 @@ def _check_seen(model: nn.Module, record: Mapping[str, Any]) -> None:
         scope, shares = name, []
         while side == "in" and scope and not scope.rpartition(".")[2].isdigit():
             scope = scope.rpartition(".")[0]
-            shares += [of for (other, way), of in cut.items() if way == "out" and f"{other}.".startswith(f"{scope}.")]
+            within = f"{scope}." if scope else ""
+            shares += [of for (other, way), of in cut.items() if way == "out" and other.startswith(within)]
         if side == "in" and not any(seen * dense == shown * limit for shown, dense in shares):
             raise ArtifactError(
                 f"the shape record shows {name} with {seen} inputs, which no map puts out; it was altered"
