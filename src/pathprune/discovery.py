@@ -260,7 +260,9 @@ def _check_slots(model: nn.Module, pairs: PairList) -> None:
             )
         for slot in pair.slots:
             if slot.module not in modules:
-                raise MismatchError(f"the path's {pair.name} names {slot.module}; the model has none. Search again")
+                raise MismatchError(
+                    f"the path's {pair.name} names {slot.module}, which the model has not; search it again"
+                )
             axis, size, bias = _sizes_of(modules[slot.module], slot, pair)
             groups = 1 if pair.stacked else pair.groups
             seen = groups * slot.total * (1 if slot.layout == "rows" else pair.width)
