@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pathprune.artifact import read_artifact, remove_artifact, write_artifact, write_text
+from pathprune.artifact import LARGEST, read_artifact, remove_artifact, write_artifact, write_text
 from pathprune.errors import ArtifactError
 
 OLD, NEW = {"x": np.arange(3.0)}, {"x": np.arange(4.0)}
@@ -387,7 +387,23 @@ def tensors_of(folder: Path) -> Path:
 def edit(**changes: Any) -> Damage:
     def damage(folder: Path) -> None:
         file = folder / "thing.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        meta = {**json.loads(file.read_text()), **changes}
+        del meta["sha256"]  # as 0.1.0 wrote it
+        file.write_text(json.dumps(meta))
+
+    return damage
+
+
+def edit_under_the_hash(folder: Path) -> None:
+    file = folder / "thing.json"
+    file.write_text(file.read_text().replace('"old"', '"new"'))
+
+
+def in_place_of(name: str, make: Callable[[Path], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        file = folder / "thing.json" if name == "description" else tensors_of(folder)
+        file.unlink()
+        make(file)
 
     return damage
 
@@ -437,6 +453,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "parent's tensors": (redirect("../outside.safetensors"), r"lies outside the folder.*Copy it again"),
     "absolute tensors": (redirect("PARENT/outside.safetensors"), r"lies outside the folder"),
     "the folder as tensors": (redirect(".."), r"thing"),
+    "another note": (
+        edit_under_the_hash,
+        r"its content does not have the recorded SHA-256; it was altered.*Copy it again",
+    ),
+    "a pipe": (in_place_of("description", os.mkfifo), r"thing\.json is no regular file"),
+    "a pipe of tensors": (in_place_of("tensors", os.mkfifo), r"\.safetensors is no regular file"),
+    "a device": (in_place_of("description", lambda file: file.symlink_to("/dev/zero")), r"is no regular file"),
+    "a folder": (in_place_of("description", Path.mkdir), r"is no regular file"),
+    "a huge description": (
+        in_place_of("description", lambda file: (file.touch(), os.truncate(file, LARGEST + 1))),
+        r"thing\.json is larger than 16 MiB, the limit of a description",
+    ),
     "a changed bit": (flip_a_bit, r"does not have the recorded SHA-256; it is truncated or was altered.*Copy it again"),
     "truncated": (truncate(0.6), r"does not have the recorded SHA-256"),
     "emptied": (truncate(0), r"does not have the recorded SHA-256"),

@@ -179,7 +179,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     class Part:
         def __init__(self, part: Any, name: str) -> None:
-            self.part, self.name, self.get_shape = part, name, part.get_shape
+            self.part, self.name, self.get_shape, self.get_dtype = part, name, part.get_shape, part.get_dtype
 
         def __getitem__(self, at: Any) -> Tensor:
             return count(self.name, self.part[at])
@@ -336,22 +336,31 @@ def test_a_path_that_is_not_sorted_is_refused(subjects: dict[str, Subject], tmp_
 
 
 @pytest.mark.parametrize("part", ["covariance", "normal", "centre", "delta/", "delta_normal", "delta_sum"])
-@pytest.mark.parametrize("wrong", ["shape", "nan", "gone"])
+@pytest.mark.parametrize("wrong", ["shape", "nan", "gone", "gone from one of 0.1.0", "another number"])
 def test_a_path_with_broken_moments_is_refused(
     subjects: dict[str, Subject], tmp_path: Path, part: str, wrong: str
 ) -> None:
     saved(subjects["bert"], tmp_path, trained=True)
     tensors = load_file(next(tmp_path.glob("path-*.safetensors")))
     for name in [name for name in tensors if name.startswith(part)]:
-        if wrong == "gone":
+        if wrong.startswith("gone"):
             tensors.pop(name)
+        elif wrong == "another number":
+            tensors[name].view(-1)[0] += 1
         else:
             tensors[name] = tensors[name][1:] if wrong == "shape" else tensors[name] * float("nan")
     save_file(tensors, next(tmp_path.glob("path-*.safetensors")))
+    if wrong == "gone from one of 0.1.0":
+        meta = json.loads((tmp_path / "path.json").read_text())
+        (tmp_path / "path.json").write_text(
+            json.dumps({key: value for key, value in meta.items() if key not in ("sha256", "checksums")})
+        )
     message = {
+        "another number": "does not have the recorded checksum",
+        "gone": "is missing or does not have the recorded checksum|lacks a part",
         "shape": f"{part}.* has shape|a delta for .* which the model has not",
         "nan": "not finite",
-        "gone": "covariance/|sort its model once|lacks a part of what was trained",
+        "gone from one of 0.1.0": "covariance/|sort its model once|lacks a part of what was trained",
     }
     with pytest.raises((pp.ArtifactError, pp.MismatchError), match=message[wrong]):
         pp.load_slice(tmp_path, pp.Budget(keep=0.5))

@@ -152,6 +152,7 @@ def edit_description(change: Callable[[dict[str, Any]], object]) -> Callable[[Pa
     def damage(folder: Path) -> None:
         file = folder / "path.json"
         meta = json.loads(file.read_text())
+        del meta["sha256"]  # as 0.1.0 wrote it
         change(meta)
         file.write_text(json.dumps(meta))
 

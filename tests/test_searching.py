@@ -473,6 +473,7 @@ def test_a_checkpoint_beyond_its_search_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.json"
     meta = json.loads(file.read_text())
     assert 0 < meta["step"] < 9
+    del meta["sha256"]  # as 0.1.0 wrote it
     file.write_text(json.dumps({**meta, "step": 99}))
     with pytest.raises(pp.ArtifactError, match=r"not valid: .*step 99 of 9.* Search again"):
         run(tiny_bert(), out=tmp_path, resume=True)

@@ -12,10 +12,11 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,10 @@ T = TypeVar("T")
 
 PARTS = r"\.(?P<process>[1-9]\d{0,6})(-[0-9a-f]{8})?\.(part|old)"  # by which process, and which of its writings
 _writing: set[str] = set()  # by this process; of another process, its number tells whether it still runs
+
+# Bytes, and lists and objects, of a description; a pair takes about a thousand bytes and five objects. Hostile JSON
+# takes thirty times its bytes in memory, and seconds for each million of objects.
+LARGEST, MOST = 16 * 2**20, 500_000
 
 
 def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str, Any], tensors: Arrays) -> None:
@@ -47,7 +52,8 @@ def write_artifact(folder: str | os.PathLike[str], name: str, meta: Mapping[str,
     data = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     target = folder / f"{name}-{digest[:12]}.safetensors"
-    text = json.dumps({**meta, "tensors": {"file": target.name, "sha256": digest}}, indent=1, allow_nan=False)
+    whole = {**meta, "tensors": {"file": target.name, "sha256": digest}}
+    text = json.dumps({**whole, "sha256": content_hash(whole)}, indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _one_writer(folder):
@@ -92,7 +98,7 @@ def _one_writer(folder: Path) -> Iterator[None]:
 def _unnamed(folder: Path, name: str) -> list[Path]:
     """The tensor files that no description names; none where nobody can tell."""
     try:
-        named = json.loads((folder / f"{name}.json").read_bytes())["tensors"]["file"]
+        named = read_json(folder / f"{name}.json")["tensors"]["file"]
     except FileNotFoundError:
         named = None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -136,7 +142,9 @@ def read_artifact(folder: str | os.PathLike[str], name: str, version: int) -> tu
         ArtifactError: missing, truncated, altered, or of another format version.
     """
     with reading(folder, name):
-        meta, data = open_artifact(folder, name, version, Path.read_bytes)
+        meta, opened = open_artifact(folder, name, version, open_regular)
+        with opened:
+            data = opened.read()
         file = meta["tensors"]["file"]
         if hashlib.sha256(data).hexdigest() != meta["tensors"]["sha256"]:
             raise ValueError(f"{file} does not have the recorded SHA-256; it is truncated or was altered")
@@ -171,7 +179,7 @@ def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -
     """
     path = Path(folder) / f"{name}.json"
     with reading(folder, name):
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path)
         if not isinstance(meta, dict):
             raise ValueError("not a JSON object")
         if meta.get("format") != version:
@@ -179,10 +187,52 @@ def describe_artifact(folder: str | os.PathLike[str], name: str, version: int) -
                 f"{path} has format {meta.get('format')!r}, this pathprune reads format {version}; "
                 "use the pathprune release that wrote it, or search again"
             )
+        if "sha256" in meta and meta.pop("sha256") != content_hash(meta):  # 0.1.0 wrote none
+            raise ValueError("its content does not have the recorded SHA-256; it was altered")
         file = str(meta["tensors"]["file"])
         if Path(file).name != file:
             raise ValueError(f"tensor file {file!r} lies outside the folder")
         return meta, path.parent / file
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of what JSON holds, whatever the order of its keys and the space between them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a description says.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no JSON, too large, or no regular file.
+        RecursionError: it is too deep.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise ValueError(f"{path} is larger than {LARGEST / 2**20:.0f} MiB, the limit of a description")
+        data = file.read(LARGEST)
+    if (count := data.count(b"[") + data.count(b"{")) > MOST:
+        raise ValueError(f"{path} has {count:,} lists and objects; the limit of a description is {MOST:,}")
+    return json.loads(data)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read it.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is a pipe, a device or a folder, which could be read for ever.
+    """
+    # A pipe that nobody writes to would keep a plain open waiting. A folder: on Windows it is a PermissionError.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
 
 
 @contextmanager
@@ -195,7 +245,15 @@ def reading(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
         raise ArtifactError(f"{error.filename} does not exist; {folder} holds no complete {name}") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
 
 

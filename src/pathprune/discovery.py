@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,7 +28,7 @@ from pathprune.layouts import Candidate, propose
 from pathprune.limits import Limits
 from pathprune.modes import eager, evaluating
 from pathprune.outputs import samples
-from pathprune.pairs import BaseModel, Pair, PairList
+from pathprune.pairs import BaseModel, Pair, PairList, Slot
 from pathprune.proof import Call, in_caches, prove
 from pathprune.shapes import Map, attention_of, features, is_map
 from pathprune.wrapped import check_bare
@@ -247,10 +249,68 @@ def check_base(model: nn.Module, pairs: PairList, read: Read | None = None) -> N
                 f"this path belongs to another model: {what} was {theirs}, here it is {ours}. "
                 "Load the model that was searched, or search this one"
             )
+    _check_slots(model, pairs)
+
+
+def _check_slots(model: nn.Module, pairs: PairList) -> None:
+    """Hold pairs, which may come from a file, against the model's own maps.
+
+    Raises:
+        MismatchError: a map is not there, has another shape than its slot says, or would be cut by two pairs.
+    """
     modules = dict(model.named_modules())
+    taken: dict[tuple[str, str, str], npt.NDArray[np.bool_]] = {}
+    forms: dict[str, tuple[int, bool, bool, bool]] = {}
     for pair in pairs:
-        if missing := [slot.module for slot in pair.slots if slot.module not in modules]:
-            raise MismatchError(f"the path's {pair.name} names {missing[0]}, which the model has not; search it again")
+        form = (pair.groups, pair.narrow, pair.fewer, pair.rescale)
+        if pair.kind != "mlp" and forms.setdefault(pair.block, form) != form:
+            raise MismatchError(
+                f"the path's pairs of {pair.block} disagree in their heads, or in what its code follows (narrow, "
+                "fewer, rescale); the path was altered: copy it again, or search again"
+            )
+        if pair.block not in modules or (pair.kind != "mlp" and pair.name != f"{pair.block}.{pair.kind}".lstrip(".")):
+            raise MismatchError(
+                f"the path's {pair.name} lies in {pair.block!r}, where the model has none; search again"
+            )
+        for slot in pair.slots:
+            if slot.module not in modules:
+                raise MismatchError(
+                    f"the path's {pair.name} names {slot.module}, which the model has not; search it again"
+                )
+            axis, size, bias = _sizes_of(modules[slot.module], slot, pair)
+            groups = 1 if pair.stacked else pair.groups
+            seen = groups * slot.total * (1 if slot.layout == "rows" else pair.width)
+            exact = pair.narrow or pair.fewer or not slot.fused  # otherwise other maps may lie on the axis, too
+            if (slot.size, slot.bias) != (size, bias) or seen > axis or (exact and seen != axis):
+                raise MismatchError(
+                    f"the path's {pair.name} has {slot.module} with an inner axis of {seen}, {slot.size} features on "
+                    f"the other side and {'a' if slot.bias else 'no'} bias; the model's has {axis}, {size} and "
+                    f"{'one' if bias else 'none'}. The path was altered: copy it again, or search again"
+                )
+            places = slot.index(groups, pair.width).ravel()
+            free = taken.setdefault((slot.module, slot.parameter, slot.side), np.ones(axis, dtype=bool))
+            shared = slot.module in [other.module for other in pair.slots if other is not slot]
+            if places.max() >= axis or not (free[places].all() or shared):
+                raise MismatchError(
+                    f"the path's {pair.name} takes places of {slot.module} that another pair takes, or that are not "
+                    "there; the path was altered: copy it again, or search again"
+                )
+            free[places] = False
+
+
+def _sizes_of(module: nn.Module, slot: Slot, pair: Pair) -> tuple[int, int, bool]:
+    """Length of a map's inner axis and of the other one, and whether it has a bias."""
+    if not slot.parameter:
+        if not isinstance(module, Map):
+            raise MismatchError(f"{slot.module} is a {type(module).__name__}, not a linear map; search again")
+        inputs, outputs = features(module)
+        axes = (outputs, inputs) if slot.side == "out" else (inputs, outputs)
+        return *axes, module.bias is not None
+    stack = getattr(module, slot.parameter, None)
+    if not isinstance(stack, nn.Parameter) or stack.dim() != 3 or len(stack) != pair.groups:
+        raise MismatchError(f"{slot.module} stacks no {pair.groups} maps in a {slot.parameter}; search again")
+    biased = slot.side == "out" and isinstance(getattr(module, f"{slot.parameter}_bias", None), Tensor)
+    return stack.shape[slot.dim], stack.shape[3 - slot.dim], biased
 
 
 def _check_present(model: nn.Module) -> None:

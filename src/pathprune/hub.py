@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -27,15 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import PrefixChange
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pathprune.artifact import beside, left, named_folder
+from pathprune.artifact import beside, content_hash, left, named_folder, open_regular, read_json
 from pathprune.budget import Selection
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
 from pathprune.experts import check_experts
@@ -44,6 +46,7 @@ from pathprune.shapes import SCALES, SIZE_ATTRIBUTES, shape_attention, shape_mod
 
 METHOD = "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
 FORMAT = 1
+MOST_MODULES = 100_000  # in a shape record
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
 # Of tokenizers, processors and modules of sentence-transformers.
 BESIDE = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken", "[0-9]_*/*"]
@@ -70,9 +73,10 @@ class PathpruneConfig(QuantizationConfigMixin):
     Args:
         record: what ``pathprune.slicing`` describes.
         selection: sizes and widths, for people.
+        sha256: of the two, where they come from a file; 0.1.0 wrote none.
 
     Raises:
-        ArtifactError: the record is malformed.
+        ArtifactError: the record is malformed, or was altered.
     """
 
     def __init__(
@@ -81,17 +85,27 @@ class PathpruneConfig(QuantizationConfigMixin):
         selection: Mapping[str, Any] | None = None,
         format: int = FORMAT,
         quant_method: str = METHOD,
+        sha256: str | None = None,
     ) -> None:
         self.quant_method: Any = quant_method
         self.format = format
         self.record = _checked(record, format)
+        if selection is not None and not isinstance(selection, Mapping):
+            raise ArtifactError(f"the shape record's selection is a {type(selection).__name__}; it must be a dict")
         self.selection = dict(selection or {})
+        self.signed = sha256 is not None
+        self.sha256 = content_hash({"record": self.record, "selection": self.selection})
+        if sha256 is not None and sha256 != self.sha256:
+            raise ArtifactError(
+                "the shape record does not have the recorded SHA-256; it was altered. "
+                "Copy the model's config.json again from its source, or slice the model again"
+            )
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> PathpruneConfig | tuple[PathpruneConfig, dict[str, Any]]:
-        known = {key: config_dict.get(key) for key in ("record", "selection", "format")}
+        known = {key: config_dict.get(key) for key in ("record", "selection", "format", "sha256")}
         if unknown := set(config_dict) - set(known) - {"quant_method"}:
             raise ArtifactError(
                 f"unknown keys in the shape record: {sorted(unknown)}; it was written by a newer pathprune"
@@ -105,6 +119,7 @@ class PathpruneConfig(QuantizationConfigMixin):
             "format": self.format,
             "record": copy.deepcopy(self.record),
             "selection": copy.deepcopy(self.selection),
+            "sha256": self.sha256,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PathpruneConfig:
@@ -122,14 +137,63 @@ class PathpruneLoader(HfQuantizer):
     quantization_config: PathpruneConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        shape_modules(model, _below(model, self.quantization_config.record))
+        record = _below(model, self.quantization_config.record)
+        shape_modules(model, record, doubtful=not self.quantization_config.signed)
+        sliced = {**record["modules"], **record["parameters"]}
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.model, self.parts = model, {_part(model, name) for name in sliced or self.shapes}
+        self.sliced = {name for name in self.shapes if name.rpartition(".")[0] in sliced}
+        self.loaded: set[str] = set()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Called for each tensor of the file that the model takes, before it is read."""
+        name = converter.target_patterns[0]
+        self.loaded.add(name)
+        if name in self.shapes:
+            lazy = hasattr(param, "get_shape")
+            shape, kind = (param.get_shape(), param.get_dtype()) if lazy else (param.shape, param.dtype)
+            floating = kind.startswith(("F", "BF")) if lazy else kind.is_floating_point
+            if not floating or (_part(self.model, name) in self.parts and tuple(shape) != self.shapes[name]):
+                raise ArtifactError(
+                    f"the weights have {name} as {kind} of shape {[*shape]}, where the shape record in config.json "
+                    f"has floating-point numbers of shape {[*self.shapes[name]]}; "
+                    "they do not belong together: copy both again from their source, or slice the model again"
+                )
+        return super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         # Sliced models are saved under the names of their own modules, see `own_names`; a tower alone drops the prefix
         # that it has in the whole model.
         return [c for c in weight_conversions if isinstance(c, PrefixChange) and c.prefix_to_remove]
 
+    def _check_loaded(self, model: Any) -> None:
+        """Refuse weights that lack something, where transformers would put random numbers.
+
+        A class that the model was not saved from may have parts of its own (a head), and any class a pooler that was
+        left out: these are left to transformers, as for any model.
+        """
+        alike: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            alike.setdefault(id(parameter), []).append(name)
+        there = {_part(model, name) for name in self.loaded}
+        same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+        optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+        for names in alike.values():
+            if self.loaded.isdisjoint(names) and (
+                any(name in self.sliced for name in names)
+                or (
+                    same_class
+                    and any(_part(model, name) in there or "pool" not in _part(model, name) for name in names)
+                    and not any(re.search(pattern, name) for pattern in optional for name in names)
+                )
+            ):
+                raise ArtifactError(
+                    f"the weights lack {names[0]}, which the sliced {type(model).__name__} was saved with; "
+                    "copy the folder again from its source, or slice the model again"
+                )
+
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        self._check_loaded(model)
         record = _below(model, self.quantization_config.record)
         check_experts(model, record)
         shape_attention(model, record)
@@ -145,6 +209,11 @@ class PathpruneLoader(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _part(model: Any, name: str) -> str:
+    """Which of the parts of a model, or of its base model, a module or parameter is in: encoder, pooler, head."""
+    return name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
 
 
 def attach_record(model: Any, record: Mapping[str, Any], selection: Selection) -> None:
@@ -219,17 +288,52 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        config: Any = PathpruneConfig.from_dict(json.loads((folder / SHAPES).read_text(encoding="utf-8")))
-        shape_modules(model, config.record)
+        described = read_json(folder / SHAPES)
+        if not isinstance(described, dict):
+            raise ValueError(f"{SHAPES} is not a JSON object")
+        recorded = described.pop("tensors", None)  # 0.1.0 wrote none
+        config: Any = PathpruneConfig.from_dict(described)
+        found = _checksums(folder / WEIGHTS)
+        if recorded is not None and recorded != found:
+            both = recorded if isinstance(recorded, dict) else {}
+            wrong = next(name for name in (*found, *both, "everything") if found.get(name) != both.get(name))
+            raise ValueError(f"{wrong} in {WEIGHTS} does not have the recorded checksum; it was altered")
+        shape_modules(model, config.record, doubtful=not config.signed)
         safetensors.torch.load_model(model, folder / WEIGHTS)
         shape_attention(model, config.record)
-    except (OSError, ValueError, AttributeError, MismatchError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArtifactError,
+        MismatchError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ArtifactError(
             f"cannot load {folder} into a {type(model).__name__}: {error}. "
             "Build the model as it was built before it was searched, and give the folder that save_model wrote"
         ) from error
     model.pathprune = config
     return model
+
+
+def _checksums(weights: Path) -> dict[str, int]:
+    """CRC-32 of each tensor of a file.
+
+    Raises:
+        ValueError: it holds numbers that are not finite, or none but integers where weights should be.
+    """
+    open_regular(weights).close()
+    found = {}
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no dict
+            tensor = file.get_tensor(name).contiguous()
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} in {weights.name} has numbers that are not finite")
+            found[name] = zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    return found
 
 
 def save_model(
@@ -276,7 +380,8 @@ def save_model(
                     ) from error
             else:
                 safetensors.torch.save_model(model, str(part / WEIGHTS))
-                (part / SHAPES).write_text(model.pathprune.to_json_string(), encoding="utf-8")
+                described = {**model.pathprune.to_dict(), "tensors": _checksums(part / WEIGHTS)}
+                (part / SHAPES).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             if card is not None:
                 (part / "README.md").write_text(card, encoding="utf-8")
             if path is not None:
@@ -453,22 +558,33 @@ def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
     A record written for a model with a task head holds for its base model, and the other way
     round; their names differ by the base model's prefix. One written for a tower holds wherever that is.
     """
-    modules = dict(model.named_modules())
+    modules = [name for name, _ in model.named_modules()]
+    known = set(modules)
     prefix = getattr(model, "base_model_prefix", "") + "."
+    inside: dict[str, list[str]] = {}  # end of a name -> the names that end so
 
     def rename(name: str) -> str:
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate in modules:
+            if candidate in known:
                 return candidate
-        inside = [candidate for candidate in modules if candidate.endswith(f".{name}")]
-        if len(inside) == 1:
-            return inside[0]
+        if not inside:
+            for module in modules:
+                parts = module.split(".")
+                for depth in range(1, len(parts)):
+                    inside.setdefault(".".join(parts[depth:]), []).append(module)
+        if len(found := inside.get(name, [])) == 1:
+            return found[0]
         raise ArtifactError(
-            f"the shape record names {name}, which {type(model).__name__} does not have; "
+            f"the shape record names {name[:200]}, which {type(model).__name__} does not have; "
             "load it with the class it was saved from, or with another of the same base model"
         )
 
-    return {part: {rename(name): value for name, value in entries.items()} for part, entries in record.items()}
+    renamed: dict[str, Any] = {}
+    for part, entries in record.items():
+        renamed[part] = {rename(name): value for name, value in entries.items()}
+        if len(renamed[part]) < len(entries):
+            raise ArtifactError(f"the shape record names a module of {type(model).__name__} twice among its {part}")
+    return renamed
 
 
 def _checked(record: Any, version: Any) -> dict[str, Any]:
@@ -481,8 +597,10 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     def size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
-    if not all(isinstance(part, Mapping) for part in record.values()):
+    if not all(isinstance(part, Mapping) and all(isinstance(name, str) for name in part) for part in record.values()):
         raise ArtifactError("the shape record is malformed: modules, parameters, attributes and rotary must be dicts")
+    if (count := sum(map(len, record.values()))) > MOST_MODULES:
+        raise ArtifactError(f"the shape record names {count:,} modules, more than any model has")
     for name, shape in record["modules"].items():
         pad = shape.get("pad") if isinstance(shape, Mapping) else None
         good = (
@@ -494,7 +612,7 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
         if good and pad is not None:
             good = isinstance(pad, Mapping) and pad.get("side") in ("in", "out") and _padding(pad, shape, size)
         if not good:
-            raise ArtifactError(f"the shape record of {name} is malformed: {shape!r}")
+            raise ArtifactError(f"the shape record of {name[:200]} is malformed: {repr(shape)[:500]}")
     for name, attributes in record["attributes"].items():
         if (
             not isinstance(attributes, Mapping)
@@ -505,7 +623,7 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
             )
         ):
             raise ArtifactError(
-                f"the shape record of {name} sets {attributes!r}; only sizes of an attention may be set"
+                f"the shape record of {name[:200]} sets {repr(attributes)[:500]}; only sizes of an attention may be set"
             )
     for name, shapes in record["parameters"].items():
         if not isinstance(shapes, Mapping) or not all(
@@ -515,7 +633,18 @@ def _checked(record: Any, version: Any) -> dict[str, Any]:
     for name, columns in record["rotary"].items():
         if not isinstance(columns, list) or not all(size(column) for column in columns):
             raise ArtifactError(f"the shape record of {name} has rotary columns that are not indices")
-    return copy.deepcopy(dict(record))
+    return {  # a copy; copy.deepcopy would take ten times as long
+        "modules": {name: {**shape, "pad": _copied(shape["pad"])} for name, shape in record["modules"].items()},
+        "parameters": {
+            name: {key: [*shape] for key, shape in part.items()} for name, part in record["parameters"].items()
+        },
+        "attributes": {name: dict(attributes) for name, attributes in record["attributes"].items()},
+        "rotary": {name: [*columns] for name, columns in record["rotary"].items()},
+    }
+
+
+def _copied(pad: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if pad is None else {key: [*value] if isinstance(value, list) else value for key, value in pad.items()}
 
 
 def _padding(pad: Mapping[str, Any], shape: Mapping[str, Any], size: Callable[[Any], bool]) -> bool:
@@ -531,5 +660,7 @@ def _padding(pad: Mapping[str, Any], shape: Mapping[str, Any], size: Callable[[A
     return ascending and len(places) == features and (not places or places[-1] < pad["size"])
 
 
+for registry in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+    registry.pop(METHOD, None)  # where this module is imported anew (importlib.reload)
 auto.register_quantization_config(METHOD)(PathpruneConfig)
 auto.register_quantizer(METHOD)(PathpruneLoader)

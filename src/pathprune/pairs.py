@@ -13,7 +13,7 @@ Notation, used throughout the package:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,21 @@ Layout = Literal["blocks", "heads", "turns", "dims", "rows"]
 Rotary = Literal["", "halves", "neighbours"]
 
 Ints = npt.NDArray[np.int64]
+
+LIMIT = 2**31  # of every size: products of two fit into 64 bits
+
+
+def whole(*values: Any) -> bool:
+    """Whether all are integers from 1 to below ``LIMIT``."""
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < LIMIT for n in values)
+
+
+def _fields(what: str, types: Mapping[type, tuple[Any, ...]]) -> None:
+    """Refuse values that are not of their type: they may come from a file."""
+    for kind, values in types.items():
+        for value in values:
+            if not isinstance(value, kind):
+                raise SettingError(f"{what}: {value!r} is not a {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -71,12 +86,14 @@ class Slot:
     transposed: bool = False
 
     def __post_init__(self) -> None:
+        names, flags = (self.module, self.side, self.layout, self.parameter), (self.bias, self.transposed)
+        _fields(f"a map {self.module!r}", {str: names, bool: flags})
         if not self.total:
             object.__setattr__(self, "total", self.repeat)
-        numbers = (self.size, self.repeat, self.total, self.start + 1, self.total - self.start - self.repeat + 1)
         if self.side not in ("out", "in") or self.layout not in get_args(Layout):
             raise SettingError(f"{self.module}: side={self.side!r}, layout={self.layout!r} make no slot")
-        if not all(isinstance(n, int) and n > 0 for n in numbers):
+        whole_sizes = whole(self.size, self.repeat, self.total) and isinstance(self.start, int)
+        if not whole_sizes or not 0 <= self.start <= self.total - self.repeat:
             raise SettingError(
                 f"{self.module}: size={self.size!r}, repeat={self.repeat!r}, start={self.start!r}, "
                 f"total={self.total!r} make no slot"
@@ -154,12 +171,29 @@ class Pair:
     once: bool = False
 
     def __post_init__(self) -> None:
+        flags = (self.mixing, self.narrow, self.fewer, self.rescale, self.once)
+        _fields(f"a pair {self.name!r}", {str: (self.name, self.kind, self.block, self.rotary), bool: flags})
         if self.rotary not in ("", "halves", "neighbours"):
             raise SettingError(f"{self.name}: rotary={self.rotary!r} is not '', 'halves' or 'neighbours'")
         if self.kind not in ("qk", "vo", "mlp") or len(self.slots) < 2:
             raise SettingError(f"{self.name}: kind={self.kind!r} with {len(self.slots)} maps makes no pair")
-        if not all(isinstance(n, int) and n > 0 for n in (self.groups, self.width)):
-            raise SettingError(f"{self.name}: groups={self.groups!r} and width={self.width!r} must be at least 1")
+        if not whole(self.groups, self.width) or self.width % self.dims_per_unit:
+            raise SettingError(
+                f"{self.name}: groups={self.groups!r} and width={self.width!r} must be at least 1, and below 2^31; "
+                "a width with rotary embedding is even"
+            )
+        sides = [slot.side for slot in self.slots]
+        if sides != ["out"] * (len(sides) - 1) + ["out" if self.kind == "qk" else "in"]:
+            raise SettingError(f"{self.name}: maps with the sides {', '.join(sides)} make no pair of kind {self.kind}")
+        if (self.rotary and self.kind != "qk") or (self.rescale and (self.kind == "mlp" or not self.narrow)):
+            raise SettingError(
+                f"{self.name}: rotary={self.rotary!r}, rescale={self.rescale} and narrow={self.narrow} do not go with "
+                f"kind={self.kind!r}"
+            )
+        if len({bool(slot.parameter) for slot in self.slots}) > 1 or (self.stacked and self.kind != "mlp"):
+            raise SettingError(f"{self.name}: only experts' maps are stacked, and all of a pair's together")
+        if isinstance(self.calls, bool) or not isinstance(self.calls, int | float) or not 0 < self.calls < LIMIT:
+            raise SettingError(f"{self.name}: calls={self.calls!r} must be positive, and below 2^31")
 
     @property
     def dims_per_unit(self) -> int:
@@ -293,6 +327,13 @@ class BaseModel:
     params: int
     macs_per_token: int
     macs_per_sequence: int = 0
+
+    def __post_init__(self) -> None:
+        _fields("the base model", {str: (self.architecture, self.config_hash, self.fingerprint)})
+        for name in ("params", "macs_per_token", "macs_per_sequence"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise SettingError(f"the base model's {name} is {value!r}, which is no count")
 
 
 class PairList(list[Pair]):

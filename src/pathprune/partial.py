@@ -9,21 +9,22 @@ attention. Whatever belongs to no pair (embeddings, norms) is read whole. The sm
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pathprune.artifact import open_artifact, reading
+from pathprune.artifact import open_artifact, open_regular, read_json, reading
 from pathprune.budget import Budget, Selection
 from pathprune.compensation import folded
 from pathprune.delta import moved
@@ -32,11 +33,11 @@ from pathprune.errors import ArtifactError, MismatchError
 from pathprune.experts import scaled_stack, stacks
 from pathprune.hub import PathpruneConfig
 from pathprune.pairs import Ints, Pair, Slot
-from pathprune.path import FORMAT, Floats, SolutionPath, check_array
+from pathprune.path import CHECKS, FORMAT, LARGE, Floats, SolutionPath, check_array, line_checks
 from pathprune.shapes import linear_map
 from pathprune.slicing import Axis, by_places, plain, plan, sliced_map, through
 
-LARGE = ("covariance", "normal", "delta", "delta_normal")  # arrays of a path that are read by parts
+LAYERS = 1000  # more of them are a damaged config.json; to build them would take minutes
 
 
 def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: Any = None, **options: Any) -> nn.Module:
@@ -75,10 +76,11 @@ def _load(
         raise ArtifactError(f"transformers has no {architecture}, which the path was found in; pass it as model_class=")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
+        _check_depth(config.to_dict())
         dense = _empty(searched, config)
         kind = dense if model_class is None else _empty(model_class, config)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot build a {architecture} from {folder}: {error}") from error
+    except Exception as error:  # what a configuration that is none leads to is up to each architecture
+        raise ArtifactError(f"cannot build a {architecture} from {folder}: {type(error).__name__}: {error}") from error
     with _opened(folder) as weights:
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)
@@ -94,6 +96,14 @@ def _load(
     if small.can_generate() and (folder / "generation_config.json").exists():
         small.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return small
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth({str(name): entry for name, entry in value.items()})
+        elif isinstance(value, int) and key.endswith(("layers", "experts", "blocks")) and value > LAYERS:
+            raise ValueError(f"{key}={value} in its configuration is more than {LAYERS}")
 
 
 def _empty(kind: Any, config: Any) -> Any:
@@ -193,8 +203,6 @@ class _Told:
             if pair.name in self.delta_normal:
                 more = self.tensors.rows(f"delta_normal/{pair.name}", kept, (inner, slot.size), slot.size)
                 normal = normal + (1 - selection.fraction) * more
-            if not (torch.isfinite(covariance).all() and torch.isfinite(normal).all()):
-                raise ValueError(f"the covariance or the normal equations of {pair.name} are not finite")
         places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())[left]
         ours, added = folded(
             covariance.double()[:, left], normal, weight[places].double(), scale[left], centre[left], constants[left]
@@ -214,23 +222,52 @@ class _Weights:
         self.files = files
         self.names: dict[str, str] = {}
 
-    def tie(self, model: nn.Module) -> None:
-        """Learn which parameters of ``model`` are one and the same, of which a checkpoint holds one."""
+    def tie(self, model: Any) -> None:
+        """Learn which parameters of ``model`` are one and the same, of which a checkpoint holds one.
+
+        A part that a checkpoint may lack as a whole, such as a pooler, is taken from the model, too.
+        """
         alike: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             alike.setdefault(id(parameter), []).append(name)
+        base = f"{getattr(model, 'base_model_prefix', '')}."
+
+        def part(name: str) -> str:
+            return name.removeprefix(base).partition(".")[0]
+
+        held = {names[0]: next((name for name in names if name in self.files), None) for names in alike.values()}
+        there = {part(name) for names in alike.values() if held[names[0]] for name in names}
         for names in alike.values():
-            held = next((name for name in names if name in self.files), None)
-            if held is None:
-                raise ArtifactError(
-                    f"the checkpoint has no {names[0]}, which {type(model).__name__} has; save the model that "
-                    "pathprune.sort_units or pathprune.elastic gave with save_pretrained"
-                )
-            self.names |= dict.fromkeys(names, held)
+            tensor = held[names[0]]
+            if tensor is None:
+                if not there or any(part(name) in there or "." not in name.removeprefix(base) for name in names):
+                    raise ArtifactError(
+                        f"the checkpoint has no {names[0]}, which {type(model).__name__} has; save the model that "
+                        "pathprune.sort_units or pathprune.elastic gave with save_pretrained"
+                    )
+                for name in names:
+                    owner = model.get_submodule(base[:-1]) if name.startswith(base) else model
+                    setattr(owner, part(name), None)
+                continue
+            dtype = self.files[tensor].get_slice(tensor).get_dtype()
+            if not dtype.startswith(("F", "BF")):
+                raise ArtifactError(f"the checkpoint's {tensor} holds {dtype}, not floating-point numbers")
+            self.names |= dict.fromkeys(names, tensor)
+        self.parameters = set(self.names.values())
 
     def whole(self, name: str) -> Tensor:
         tensor: Tensor = self.files[name].get_tensor(name)
+        self._check(name, tensor, None)
         return tensor
+
+    def _check(self, name: str, read: Tensor, places: Ints | None, *where: Any) -> None:
+        """Refuse numbers that are not finite.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if name in self.parameters and not torch.isfinite(read.float()).all():
+            raise ValueError(f"{name} has values that are not finite")
 
     def sample(self, name: str, places: range) -> Tensor:
         """Single values, by their places in the flattened tensor."""
@@ -275,7 +312,40 @@ class _Weights:
         part = self.files[name].get_slice(name)
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
         edges = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [(0, 0)]
-        return torch.cat([part[(*ahead, slice(*edge), *behind)] for edge in edges], dim)
+        read = torch.cat([part[(*ahead, slice(*edge), *behind)] for edge in edges], dim)
+        self._check(name, read, places, dim, ahead)
+        return read
+
+
+class _OfPath(_Weights):
+    """The large tensors of a path, whose parts carry checksums (``pathprune.path.checks``; 0.1.0 wrote none)."""
+
+    def __init__(self, files: dict[str, Any], checks: Mapping[str, npt.NDArray[Any]]) -> None:
+        super().__init__(files)
+        self.checks = checks
+
+    def _check(self, name: str, read: Tensor, places: Ints | None, *where: Any) -> None:
+        if not read.is_floating_point():
+            raise ValueError(f"the {name} holds {read.dtype}, not floating-point numbers")
+        if not torch.isfinite(read).all():
+            raise ValueError(f"the {name} is not finite")
+        dim, ahead = where or (max(0, read.dim() - 2), ())
+        written = self.checks.get(f"check{dim}/{name}")
+        if written is None:
+            return
+        array = read.numpy()
+        if name.startswith("covariance/"):  # rows up to the diagonal have checksums, and the rest is the same again
+            assert places is not None
+            square = array[:, places]
+            same = np.array_equal(square, square.T)
+            found = np.array(
+                [zlib.crc32(row[: at + 1]) for row, at in zip(array, places, strict=True)], dtype=np.uint32
+            )
+        else:
+            same, found = True, line_checks(array, dim)
+        expected = written if places is None else written[(*ahead[: read.dim() - 2], ..., places)]
+        if not same or not np.array_equal(found, expected):
+            raise ValueError(f"the {name} does not have the recorded checksums; it was altered")
 
 
 class _Moved(_Weights):
@@ -287,7 +357,7 @@ class _Moved(_Weights):
 
     def __init__(self, weights: _Weights, model: nn.Module, told: _Told, share: float) -> None:
         super().__init__(weights.files)
-        self.names = weights.names
+        self.names, self.parameters = weights.names, weights.parameters
         self.told, self.share = told, share
         self.deltas: dict[str, str] = {}
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -309,28 +379,42 @@ class _Moved(_Weights):
             return tensor
         with reading(self.told.folder, "path"):
             delta = read(self.deltas[name])
-            if not torch.isfinite(delta).all():
-                raise ValueError(f"the {self.deltas[name]} is not finite")
         return moved(tensor, delta, self.share)
 
 
 @contextmanager
 def _opened_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _Told]]:
     """The path without its moments, and those to be read by parts."""
-    meta, opened = open_artifact(folder, "path", FORMAT, lambda file: safe_open(file, framework="pt"))
+
+    def open_tensors(file: Path) -> Any:
+        open_regular(file).close()
+        return safe_open(file, framework="pt")
+
+    meta, opened = open_artifact(folder, "path", FORMAT, open_tensors)
     with ExitStack() as stack:
         with reading(folder, "path"):
             tensors = stack.enter_context(opened)
             names = set(tensors.keys())
             large = {name for name in names if name.partition("/")[0] in LARGE}
+            if wrong := [name for name in large if not tensors.get_slice(name).get_dtype().startswith("F")]:
+                raise ValueError(f"{wrong[0]} holds no floating-point numbers")
             small = {name: tensors.get_tensor(name).numpy() for name in names - large}
-            centre = {name.removeprefix("centre/"): small.pop(name) for name in names if name.startswith("centre/")}
+            prefixed = {name: small.pop(name) for name in names if name.startswith("centre/")}
+            centre = {name.removeprefix("centre/"): array for name, array in prefixed.items()}
             path = SolutionPath.from_artifact(folder, meta, small)
             for pair in path.pairs:
                 if pair.name in centre:
                     inner = pair.groups * pair.consumer.repeat * pair.width
                     check_array(f"centre of {pair.name}", centre[pair.name], (inner,))
-        yield path, _Told(folder, centre, _Weights(dict.fromkeys(large, tensors)))
+            checks = {name: array for name, array in small.items() if name.partition("/")[0] in CHECKS}
+            recorded = meta.get("checksums")  # 0.1.0 wrote none
+            found = {name: zlib.crc32(array.tobytes()) for name, array in {**small, **prefixed}.items()}
+            checked = {name.partition("/")[2] for name in checks}
+            if recorded is not None and (recorded != found or not checked <= large):
+                raise ValueError(
+                    f"a tensor in {meta['tensors']['file']} is missing or does not have the recorded checksum"
+                )
+        yield path, _Told(folder, centre, _OfPath(dict.fromkeys(large, tensors), checks))
 
 
 @contextmanager
@@ -340,15 +424,16 @@ def _opened(folder: Path) -> Iterator[_Weights]:
         index = folder / "model.safetensors.index.json"
         shards = [folder / "model.safetensors"]
         if index.exists():
-            held = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            held = read_json(index)["weight_map"].values()
             shards = [folder / Path(name).name for name in sorted(set(held))]
         with ExitStack() as stack:
             files: dict[str, Any] = {}
             for shard in shards:
+                open_regular(shard).close()
                 file = stack.enter_context(safe_open(shard, framework="pt"))
                 files |= dict.fromkeys(file.keys(), file)
             yield _Weights(files)
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot read the weights in {folder}: {error!r}. It must hold model.safetensors, whole or in shards, as "
             "save_pretrained writes it; copy it again from its source"

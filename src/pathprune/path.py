@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from pathprune.artifact import read_artifact, write_artifact
 from pathprune.budget import Budget, Selection, same, select
 from pathprune.errors import ArtifactError, MismatchError, SettingError
 from pathprune.order import Order, Unit, check_widths, removal_order
-from pathprune.pairs import BaseModel, Pair, PairList, Slot
+from pathprune.pairs import BaseModel, Pair, PairList, Slot, whole
 
 FORMAT = 1
 # Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size
@@ -36,6 +37,10 @@ ARRAYS = {
     "delta_sum": "f8",
     "delta_normal": "f8",
 }
+
+# Of a sorted path, these are read by parts (``pathprune.partial``): ``checks`` lets a part be checked.
+LARGE = ("covariance", "normal", "delta", "delta_normal")
+CHECKS = ("check0", "check1", "check2")
 
 Floats = npt.NDArray[np.floating]
 
@@ -111,7 +116,7 @@ class SolutionPath:
 
     def __post_init__(self) -> None:
         check_widths(self.unit, self.multiple)
-        if isinstance(self.seq_len, bool) or not isinstance(self.seq_len, int) or not 1 <= self.seq_len < 2**31:
+        if not whole(self.seq_len):
             raise SettingError(f"seq_len={self.seq_len!r} must be at least 1, and an integer below 2**31")
         if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
             raise SettingError("config and versions must be dicts")
@@ -152,6 +157,7 @@ class SolutionPath:
                 check_array(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
             if pair.name in self.basis:
                 check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+                _check_invertible(f"basis of {pair.name}", self.basis[pair.name])
             if pair.name in self.slope:
                 check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
             if pair.name in self.output:
@@ -224,6 +230,8 @@ class SolutionPath:
                 tensors[f"{part}/{name}"] = array
         for name, array in asdict(self.trajectory).items():
             tensors[f"trajectory/{name}"] = np.asarray(array, dtype=np.float32)
+        if self.fill_sum:
+            tensors |= checks({name: array for name, array in tensors.items() if name.partition("/")[0] in LARGE})
         meta = {
             "format": FORMAT,
             "base": asdict(self.pairs.base),
@@ -234,6 +242,11 @@ class SolutionPath:
             "seq_len": self.seq_len,
             "config": self.config,
             "versions": self.versions,
+            "checksums": {
+                name: zlib.crc32(array.tobytes())
+                for name, array in sorted(tensors.items())
+                if name.partition("/")[0] not in LARGE
+            },
         }
         write_artifact(folder, "path", meta, tensors)
 
@@ -259,7 +272,16 @@ class SolutionPath:
         try:
             for key, array in tensors.items():
                 part, _, name = key.partition("/")
+                if part in CHECKS:
+                    continue
+                if array.dtype.kind != "f":
+                    raise ValueError(f"{key} holds {array.dtype}, not floating-point numbers")
                 parts[part][name] = array
+            trajectory = Trajectory(**parts["trajectory"])
+            shapes = [array.shape for array in (trajectory.loss, trajectory.level, trajectory.gamma_l1)]
+            steps, of = shapes[0][:1], len(meta["pairs"])
+            if shapes[:2] != [steps, steps] or shapes[2] not in ((*steps, of), (0, 0)):
+                raise ValueError(f"its trajectory has arrays of the shapes {shapes}")
             pairs = [Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]]
             return cls(
                 PairList(pairs, BaseModel(**meta["base"]), meta["refused"]),
@@ -268,11 +290,11 @@ class SolutionPath:
                 multiple=meta["multiple"],
                 seq_len=meta["seq_len"],
                 **{part: parts[part] for part in ARRAYS if part != "ranking"},
-                trajectory=Trajectory(**parts["trajectory"]),
+                trajectory=trajectory,
                 config=meta["config"],
                 versions=meta["versions"],
             )
-        except (KeyError, TypeError, AttributeError, ValueError, MismatchError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, MismatchError) as error:
             raise ArtifactError(
                 f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again"
             ) from error
@@ -287,6 +309,43 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "unknown"
     return versions
+
+
+def checks(arrays: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
+    """Checksums of the rows of arrays, and of their columns.
+
+    Returns:
+        ``check<d>/<name>`` -> CRC-32 of each place along dimension d, one of the last two; by expert where arrays of
+        three dimensions stack one for each. Of covariances: of each row up to the diagonal, which is all of it.
+    """
+    found = {}
+    for name, array in arrays.items():
+        if name.startswith("covariance/"):
+            if np.array_equal(array, array.T):
+                rows = [zlib.crc32(row[: at + 1]) for at, row in enumerate(np.ascontiguousarray(array))]
+                found[f"check0/{name}"] = np.array(rows, dtype=np.uint32)
+            continue
+        for dim in range(max(0, array.ndim - 2), array.ndim):
+            found[f"check{dim}/{name}"] = line_checks(array, dim)
+    return found
+
+
+def line_checks(array: npt.NDArray[Any], dim: int) -> npt.NDArray[np.uint32]:
+    """(..., places), CRC-32 of what stands at each place along ``dim``."""
+    ahead = max(0, array.ndim - 2)  # dimensions that stack
+    lines = np.ascontiguousarray(np.moveaxis(array, dim, ahead))
+    shape = lines.shape[: ahead + 1]
+    flat = lines.reshape(int(np.prod(shape)), int(np.prod(lines.shape[ahead + 1 :])))
+    return np.array([zlib.crc32(line.data) for line in flat], dtype=np.uint32).reshape(shape)
+
+
+def _check_invertible(what: str, matrices: Floats) -> None:
+    try:
+        if np.isfinite(np.linalg.inv(matrices)).all():
+            return
+    except np.linalg.LinAlgError:
+        pass
+    raise MismatchError(f"{what} has a matrix that cannot be inverted")
 
 
 def check_array(what: str, array: Floats, shape: Sequence[int]) -> None:

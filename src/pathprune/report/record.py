@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pathprune.artifact import read_json
 from pathprune.errors import ArtifactError
 
 FORMAT = 1
 
+# A page of more members, metrics or longer names is none; pictures of them would take hours, and gigabytes.
+MANY, LONG, LARGE = 64, 10_000, 1e15
+KINDS = (".qk", ".vo", ".mlp")
 NUMBER = (int, float)
 FAMILY = {
     "model": dict,
@@ -51,7 +55,7 @@ def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / "family.json"
     try:
-        family = json.loads(path.read_bytes())
+        family = read_json(path)
         _check(family)
     except FileNotFoundError as error:
         raise ArtifactError(
@@ -62,7 +66,7 @@ def read_family(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(
             f"cannot read {path}: {error.strerror or error}; name a folder that you may read"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is not a readable family: {error}. Copy it again from its source, or evaluate the family again"
         ) from error
@@ -101,8 +105,16 @@ def title(family: Mapping[str, Any]) -> str:
 
 
 def loader(family: Mapping[str, Any]) -> str:
-    """The class that loads a member: ``AutoModel`` would drop the head of a model that has one."""
+    """The class that loads a member: ``AutoModel`` would drop the head of a model that has one.
+
+    Raises:
+        ArtifactError: the architecture is no name of a class; it would stand in code that people copy.
+    """
     architecture = str(family["model"]["architecture"])
+    if not _names_class(architecture):
+        raise ArtifactError(
+            f"the family's architecture, {architecture[:200]!r}, is no name of a class; evaluate it again"
+        )
     return "AutoModel" if architecture.endswith("Model") and "Head" not in architecture else architecture
 
 
@@ -172,33 +184,76 @@ def _check(family: Any) -> None:
         raise ValueError("it is not a JSON object")
     if family.get("format") != FORMAT:
         raise ValueError(f"it has format {family.get('format')!r}, this pathprune reads format {FORMAT}")
+    _check_plain(family)
     _expect("it", family, FAMILY)
     _expect("model", family["model"], MODEL)
+    if not _names_class(family["model"]["architecture"]):
+        raise ValueError(f"its architecture, {family['model']['architecture'][:200]!r}, is no name of a class")
     _expect("seconds", family["seconds"], dict.fromkeys(family["seconds"], NUMBER))
     _expect("versions", family["versions"], dict.fromkeys(family["versions"], str))
     for name, metric in family["metrics"].items():
         _expect(f"metrics.{name}", metric, METRIC)
     for i, member in enumerate(family["members"]):
         _expect(f"members[{i}]", member, MEMBER)
+        if min(value for key, value in member.items() if MEMBER.get(key) in (int, NUMBER)) < 0:
+            raise ValueError(f"members[{i}] has a negative size or share")
     dense = [member for member in family["members"] if member["folder"] is None]
     if len(dense) != 1 or len(family["members"]) < 2 or not family["metrics"]:
         raise ValueError("it needs one dense member (folder null), at least one smaller member and at least one metric")
+    if most := [n for n in map(len, (family["members"], family["metrics"], dense[0]["latency_ms"])) if n > MANY]:
+        raise ValueError(f"it has {most[0]} members, metrics or batch sizes; a report takes {MANY}")
+    full = dense[0]["widths"]
+    if odd := [name for name in full if not name.endswith(KINDS)]:
+        raise ValueError(f"widths of {odd[0]}: it is no pair of the kinds {', '.join(KINDS)}")
     for member in family["members"]:
         name = member["name"]
-        for part in {"before", *member["quality"]}:
+        if not {"before"} <= set(member["quality"]) <= {"before", "after"}:
+            raise ValueError(
+                f"{name}: quality.before is {member['quality'].get('before')}, or there is more than after"
+            )
+        for part in member["quality"]:
             _expect(f"{name}: quality.{part}", member["quality"].get(part), dict.fromkeys(family["metrics"], NUMBER))
         _expect(f"{name}: latency_ms", member["latency_ms"], dict.fromkeys(dense[0]["latency_ms"], NUMBER))
-        if any(int(batch) < 1 or latency <= 0 for batch, latency in member["latency_ms"].items()):
-            raise ValueError(f"{name}: latency_ms={member['latency_ms']} must name batch sizes and positive times")
-        _expect(f"{name}: widths", member["widths"], dict.fromkeys(dense[0]["widths"], list))
-        if any(len(width) != 2 for width in member["widths"].values()):
-            raise ValueError(f"{name}: each of widths must be [heads, dimensions of each]")
+        for batch, latency in member["latency_ms"].items():
+            if not 1 <= int(batch) <= LARGE or not isinstance(latency, NUMBER) or latency < 1e-9:
+                raise ValueError(f"{name}: latency_ms={member['latency_ms']} must name batch sizes and positive times")
+        if more := set(member["latency_ms"]) - set(dense[0]["latency_ms"]):
+            raise ValueError(f"{name}: latency_ms has the batch size {min(more)}, which the dense model has not")
+        _expect(f"{name}: widths", member["widths"], dict.fromkeys(full, list))
+        for pair, whole in full.items():
+            width = member["widths"][pair]
+            if len(width) != 2 or not all(type(n) is int for n in width):
+                raise ValueError(f"{name}: each of widths must be [heads, dimensions of each]")
+            if not all(0 <= n <= most and most > 0 for n, most in zip(width, whole, strict=True)):
+                raise ValueError(f"{name}: widths of {pair} are {width}, of {whole}")
+
+
+def _names_class(architecture: str) -> bool:
+    return architecture.isascii() and architecture.isidentifier()
+
+
+def _check_plain(value: Any) -> None:
+    """Raise ValueError on numbers and text that could not be written into a page."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(key)
+            _check_plain(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_plain(entry)
+    elif isinstance(value, str):
+        if len(value) > LONG:
+            raise ValueError(f"it has a text of {len(value)} characters; at most {LONG} make sense")
+        value.encode()  # half of a character could not be written
+    elif isinstance(value, NUMBER) and not -LARGE <= value <= LARGE:
+        raise ValueError(f"it has the number {repr(value)[:40]}; all must be finite, and at most {LARGE:.0e}")
 
 
 def _expect(where: str, record: Any, fields: Mapping[str, Any]) -> None:
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {record!r}, not an object")
     for name, kind in fields.items():
-        if not isinstance(record.get(name), kind):
-            found = repr(record[name]) if name in record else "absent"
+        value = record.get(name)
+        if name not in record or not isinstance(value, kind) or isinstance(value, bool):
+            found = repr(value)[:200] if name in record else "absent"
             raise ValueError(f"{where} has no valid {name!r} ({found})")
