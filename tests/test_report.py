@@ -12,13 +12,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from alterations import altered
 from pathprune.budget import Budget
 from pathprune.errors import ArtifactError, PathpruneError
 from pathprune.pairs import BaseModel, Pair, PairList, Slot
@@ -522,3 +526,46 @@ def test_reports_need_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+def test_an_altered_record_is_refused_or_makes_cards(tmp_path: Path, family: dict[str, Any]) -> None:
+    @settings(max_examples=300)
+    @given(st.randoms(use_true_random=False))
+    def attack(random: Random) -> None:
+        (tmp_path / "family.json").write_text(json.dumps(altered(family, random)))
+        try:
+            found = read_family(tmp_path)
+        except ArtifactError:
+            return
+        for member in found["members"]:
+            if member["folder"] is not None:
+                model_card(found, member).encode()
+
+    attack()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (["model", "architecture"], "x\nimport os", "is no name of a class"),
+        (["model", "name"], "\ud800", "surrogates not allowed"),
+        (["members", 1, "params"], 10**30, "all must be finite"),
+        (["members", 1, "macs_per_token"], float("inf"), "all must be finite"),
+        (["members", 1, "keep"], True, "no valid 'keep'"),
+        (["members", 1, "folder"], REMOVE, "no valid 'folder' .absent"),
+        (["members", 1, "widths", "encoder.layer.1.mlp"], ["x", 3], "must be .heads, dimensions"),
+        (["members", 0, "widths", "x"], [1, 1], "no pair of the kinds"),
+        (["members", 1, "latency_ms", "64"], 1.0, "which the dense model has not"),
+        (["date"], "x" * 20_000, "a text of 20000 characters"),
+    ],
+)
+def test_a_record_that_no_page_could_hold_is_refused(
+    tmp_path: Path, family: dict[str, Any], where: list[Any], value: Any, message: str
+) -> None:
+    test_a_record_that_lacks_something_says_what(tmp_path, family, where, value, message)
+
+
+def test_code_in_a_card_names_a_class(family: dict[str, Any]) -> None:
+    family["model"]["architecture"] = "x\nimport os"
+    with pytest.raises(ArtifactError, match="is no name of a class"):
+        model_card(family, family["members"][1])
