@@ -9,7 +9,6 @@ model's distribution, on paragraphs of articles that neither the fit, the search
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import time
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import materials
 import pathprune as pp
 from models import DINOv2, MiniLM, SmolLM2, pictures, windows
 from pathprune import demo
@@ -91,20 +91,20 @@ class Topics:
 
 
 class Pictures(DINOv2):
-    """DINOv2-S; a sample is an image, 16 to a batch."""
+    """DINOv2-S; a sample is an image, 8 to a batch."""
 
     def samples(self, count: int) -> list[Batch]:
-        return pictures(self.images[:count], 16, self.dense.device)
+        return pictures(self.images[:count], 8, self.dense.device)
 
 
 class Windows(SmolLM2):
-    """SmolLM2-135M; a sample is a window of 128 tokens, 2 to a batch."""
+    """SmolLM2-135M; a sample is a window of 128 tokens, one to a batch."""
 
     def __init__(self, split: str) -> None:
         super().__init__(split, measured=24)
 
     def samples(self, count: int) -> list[Batch]:
-        return windows(AutoTokenizer.from_pretrained(self.dense.config._name_or_path), "search", 2, 128)[: count // 2]
+        return windows(AutoTokenizer.from_pretrained(materials.smollm2()), "search", 1, 128)[:count]
 
 
 SUBJECTS: dict[str, Any] = {"minilm": Sentences, "classifier": Topics, "dinov2": Pictures, "smollm2": Windows}
@@ -138,9 +138,7 @@ def main() -> None:
             began = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nothing gained: the row says so
-                after: Any = pp.recover(
-                    copy.deepcopy(small), teacher=subject.dense, data=data[count], steps=steps, lr=lr, bf16=True
-                )
+                after: Any = pp.recover(small, teacher=subject.dense, data=data[count], steps=steps, lr=lr, bf16=True)
             outcome = after.recovery
             rows.append(
                 {

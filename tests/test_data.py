@@ -362,6 +362,6 @@ def test_an_image_model_goes_all_the_way(pictures: Path) -> None:
     assert path.config["objective"] == "embedding"
     assert path.seq_len == 17  # sixteen patches and the class token: what MACs are counted at
     small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
-    recovered = pp.recover(small, teacher=model, data=data, steps=60, lr=3e-3, progress=False)
+    recovered = pp.recover(small, teacher=model, data=data, validation=data, steps=60, lr=3e-3, progress=False)
     before = 1 - fidelity(small, model, data)
     assert 1 - fidelity(recovered, model, data) < 0.8 * before

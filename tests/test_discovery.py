@@ -296,7 +296,7 @@ def test_a_model_of_another_library_is_searched_on_its_own_inputs() -> None:
         (resnet, r"ResNetModel: no attention or MLP in a known layout among its 0 linear maps"),
         (sliced, r"BertModel is quantised or already sliced; search the dense, unquantised model"),
         (Lone, r"Lone does not run on a tiny input .* pass inputs="),
-        (nn.Identity, r"Identity: no attention or MLP"),
+        (nn.Identity, r"the Identity has no parameters; nothing of it can be pruned"),
     ],
 )
 def test_unsupported_models_are_refused_with_what_was_found(build: Callable[[], nn.Module], message: str) -> None:

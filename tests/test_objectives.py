@@ -348,7 +348,7 @@ def test_a_model_with_a_head_goes_all_the_way(kind: str, models: dict[str, Any])
     path = pp.search(model, data, steps=8, multiple=1, progress=False)
     assert path.config["objective"] == "logits"
     small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
-    recovered = pp.recover(small, teacher=model, data=data, steps=60, lr=3e-3, progress=False)
+    recovered = pp.recover(small, teacher=model, data=data, validation=data, steps=60, lr=3e-3, progress=False)
     assert fidelity(model, model, data) == pytest.approx(1, abs=1e-6)
     assert 1 - fidelity(recovered, model, data) < 0.8 * (1 - fidelity(small, model, data))
     labelled = [{**batch, "labels": torch.ones_like(batch["input_ids"][:, 0])} for batch in data]

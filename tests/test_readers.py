@@ -288,7 +288,7 @@ PATHS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "architecture null": (lambda m: m["base"].update(architecture=None), "None is not a str"),
     "a huge size": (lambda m: m["pairs"][0].update(width=2**63), "below 2"),
     "calls": (lambda m: m["pairs"][0].update(calls=float("nan")), "calls=nan must be positive"),
-    "multiple": (lambda m: m.update(multiple=10**30), "must be integers, at least 1 and below"),
+    "multiple": (lambda m: m.update(multiple=10**30), "must be at least 1, and an integer below"),
 }
 
 

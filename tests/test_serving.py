@@ -348,7 +348,7 @@ def test_the_folder_is_read_by_the_library_and_can_be_overruled(tmp_path: Path) 
     with pytest.raises(pp.errors.SettingError, match="pooling='cls' is not one of mean, class, last"):
         EmbeddingObjective(pooling="cls")
     for name in ("logits-mean", "embedding-max", "embedding-"):
-        with pytest.raises(pp.DataError, match="is not one of auto, embedding"):
+        with pytest.raises(pp.SettingError, match="is not one of auto, embedding"):
             get_objective(name, model, batch)
 
 

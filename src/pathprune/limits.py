@@ -81,6 +81,9 @@ class Limits:
             )
 
     def _check_ids(self, key: str, ids: Tensor) -> None:
+        limit = self.tables.get(key)
+        if limit is None:  # whatever else a model takes under that name
+            return
         if ids.dtype not in (torch.int64, torch.int32):
             raise DataError(f"{key} has dtype {ids.dtype}; numbers of tokens are integers: pass {key}.long()")
         if ids.dim() < 2:
@@ -88,9 +91,6 @@ class Limits:
                 f"{key} has shape {tuple(ids.shape)}; it needs (samples, tokens). Batch the rows with a DataLoader, "
                 "or add the dimension by .unsqueeze(0)"
             )
-        limit = self.tables.get(key)
-        if limit is None:
-            return
         for value in (int(ids.min()), int(ids.max())):
             if not 0 <= value < limit and (wrong := sorted(set(ids.unique().tolist()) - self.beyond - {*range(limit)})):
                 raise DataError(

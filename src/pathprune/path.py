@@ -40,7 +40,7 @@ ARRAYS = {
 
 # Of a sorted path, these are read by parts (``pathprune.partial``): ``checks`` lets a part be checked.
 LARGE = ("covariance", "normal", "delta", "delta_normal")
-CHECKS = ("check0", "check1", "check2")
+CHECKS = tuple(f"check{dim}" for dim in range(5))  # the weight of a Conv3d has five dimensions
 
 Floats = npt.NDArray[np.floating]
 
@@ -279,8 +279,8 @@ class SolutionPath:
                 parts[part][name] = array
             trajectory = Trajectory(**parts["trajectory"])
             shapes = [array.shape for array in (trajectory.loss, trajectory.level, trajectory.gamma_l1)]
-            steps, of = shapes[0][:1], len(meta["pairs"])
-            if shapes[:2] != [steps, steps] or shapes[2] not in ((*steps, of), (0, 0)):
+            steps, of = max(map(len, (trajectory.loss, trajectory.level, trajectory.gamma_l1))), len(meta["pairs"])
+            if {*shapes[:2]} - {(0,), (steps,)} or shapes[2] not in ((0, 0), (steps, of)):
                 raise ValueError(f"its trajectory has arrays of the shapes {shapes}")
             pairs = [Pair(**{**pair, "slots": tuple(Slot(**slot) for slot in pair["slots"])}) for pair in meta["pairs"]]
             return cls(
