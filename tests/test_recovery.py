@@ -236,15 +236,19 @@ def test_recovery_never_ends_worse_on_what_it_holds_back(steps: int, lr: float) 
 def test_a_learning_rate_that_does_harm_is_lowered_and_gains_all_the_same() -> None:
     """A model that has lost little is harmed by steps that help one that has lost much."""
     teacher, data = tiny_bert(), tiny_batches(count=40)
-    small = pp.recover(half(teacher), teacher=teacher, data=data, steps=120, lr=1e-2, progress=False)
+    small = pp.recover(half(teacher), teacher=teacher, data=data, steps=60, lr=3e-3, progress=False)
     after: Any = pp.recover(small, teacher=teacher, data=data, steps=240, lr=3e-2, progress=False)
     outcome = after.recovery
     assert outcome.lr < 3e-2
     assert outcome.kept > 0
-    assert outcome.after < outcome.before
-    with pytest.warns(UserWarning, match=r"training gained nothing on the \d+ samples .*: what comes back is what was"):
-        hopeless: Any = pp.recover(small, teacher=teacher, data=data, steps=120, lr=30.0, progress=False)
-    assert hopeless.recovery.steps < 120, "it stops where nothing is gained"
+    assert outcome.after[0] < 0.95 * outcome.before[0]
+    small = pp.recover(small, teacher=teacher, data=data, steps=120, lr=3e-3, progress=False)
+    for lr in (1.0, 1e6):  # the loss of the latter is soon no number
+        with pytest.warns(
+            UserWarning, match=r"training gained nothing on the \d+ samples .*: what comes back is what was"
+        ):
+            hopeless: Any = pp.recover(small, teacher=teacher, data=data, steps=120, lr=lr, progress=False)
+        assert hopeless.recovery.steps < 120, "it stops where nothing is gained"
 
 
 def test_bad_input_is_refused() -> None:

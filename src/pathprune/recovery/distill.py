@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from pathprune.data import Batch, Batches, check_finite
 from pathprune.errors import SettingError
 from pathprune.modes import check_seed, mixed, seeded
-from pathprune.objectives import Objective, Targets, get_objective
+from pathprune.objectives import LogitsObjective, Objective, Targets, TaskObjective, get_objective
 from pathprune.outputs import samples
 from pathprune.progress import track
 from pathprune.recovery.holdout import HeldOut
 
-LR = 1e-3  # of a model that has lost everything
+LR, LOGITS_LR = 1e-3, 3e-4  # of a model that has lost everything; logits of few classes are soon learned by heart
 MOST_READ = 128  # batches, for samples to hold back
 LOWERED = 3  # times, the learning rate where training did harm
 MOST_FALLS = 4
@@ -113,8 +113,8 @@ def distill(
 
     Some samples are held back. The loss on them (of an encoder that of its embeddings, as in ``fidelity``) is measured
     at the start and up to twelve times on the way, and the best weights are what is left in the end: the start itself,
-    if nothing was better. Where training has made things worse than they were at the start, it goes on from the best
-    weights at a third of the learning rate; after four such falls, it stops.
+    if nothing was better by more than chance would have it. Where training has made things worse than they were at the
+    start, it goes on from the best weights at a third of the learning rate; after four such falls, it stops.
 
     Args:
         progress: see ``pathprune.progress.track``.
@@ -138,7 +138,7 @@ def distill(
         teacher = judge if type(goal) is type(measure) else Targets(teacher, goal)
     else:
         judge = teacher
-    lr = default_lr(teacher.objective, batches.first, gone) if lr is None else lr
+    lr = default_lr(teacher.objective, gone) if lr is None else lr
     trained = trainable(student) if trained is None else trained
     flags = [(p, p.requires_grad) for p in student.parameters()]
     try:
@@ -151,26 +151,31 @@ def distill(
             held = HeldOut(batches, min(max(steps // 2, 16), MOST_READ), validation)
             marks = {round(steps * (i + 1) / run.checks) for i in range(run.checks)}
 
-            def measured() -> tuple[float, ...]:
+            def measured() -> Tensor:
                 losses = []
                 for size in sizes:
                     size()
-                    losses.append(run.loss(held.batches))
-                return tuple(losses)
+                    losses.append(run.losses(held.batches))
+                return torch.stack(losses)
 
             stream = held.training()
-            run.begin(measured())
+            run.begin(measured(), torch.tensor([samples(batch) for batch in held.batches], dtype=torch.float64))
             with track(total=steps, desc="distil", unit="step", progress=progress) as bar:
                 for step in range(steps):
                     if before is not None:
                         before(step)
                     value = run.step(next(stream), step)
-                    bar.set_postfix(loss=f"{value:.4f}", held_out=f"{sum(run.after) / len(sizes):.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{value:.4f}", held_out=f"{run.mean(run.after).mean():.4f}", refresh=False)
                     bar.update()
-                    if step + 1 in marks and not run.goes_on(measured(), step + 1):
+                    if not math.isfinite(value):
+                        run.fall()
+                    elif step + 1 in marks:
+                        run.judged(measured(), step + 1)
+                    if run.falls == MOST_FALLS:
                         break
             run.restore()
-            return Outcome(run.before, run.after, held.samples, run.kept, step + 1, lr * run.cut)
+            start, end = (tuple(run.mean(losses).tolist()) for losses in (run.before, run.after))
+            return Outcome(start, end, held.samples, run.kept, step + 1, lr * run.cut)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -204,29 +209,37 @@ class _Training:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, peaks, total_steps=steps + 1, pct_start=warm_up
         )
-        self.kept, self.cut, self.falls = 0, 1.0, 0
+        self.kept, self.cut, self.falls, self.updates = 0, 1.0, 0, 0
 
-    def begin(self, losses: tuple[float, ...]) -> None:
+    def begin(self, losses: Tensor, weights: Tensor) -> None:
+        """Take (sizes, batches) losses as those of the start, and how much each batch counts."""
         self.before = self.after = losses
+        self.weights = weights / weights.sum()
         self._remember()
 
-    def loss(self, batches: Sequence[Batch]) -> float:
-        """Mean over the samples of some batches."""
-        total, count = 0.0, 0
+    def losses(self, batches: Sequence[Batch]) -> Tensor:
+        """(batches,), of each; not finite where training has led astray."""
+        values = []
         with torch.no_grad():
             for batch in batches:
                 with mixed(self.student, self.bf16):
                     target, outputs = self.judge(batch), self.student(**batch)
-                value = check_finite(self.judge.objective.loss(outputs, batch, target), "on the samples held back")
-                total, count = total + samples(batch) * value, count + samples(batch)
-        return total / count
+                loss = self.judge.objective.loss(outputs, batch, target)
+                values.append(float(loss) if self.updates else check_finite(loss, "on the samples held back"))
+        return torch.tensor(values, dtype=torch.float64)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """(sizes,), over the samples."""
+        return losses @ self.weights
 
     def step(self, batch: Batch, number: int) -> float:
-        """One update; the loss before it."""
+        """One update; the loss before it, which is not finite where training has led astray."""
         with mixed(self.student, self.bf16):
             target, outputs = self.teacher(batch), self.student(**batch)
         loss = self.teacher.objective.loss(outputs, batch, target)
-        value = check_finite(loss, f"at distillation step {number}")
+        if not torch.isfinite(loss) and (not self.updates or not torch.isfinite(target).all()):
+            check_finite(loss, f"at distillation step {number}")
+        self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter, master in self._halves():
@@ -236,25 +249,31 @@ class _Training:
         self.optimizer.step()
         self._round()
         self.schedule.step()
-        return value
+        return float(loss.detach())
 
-    def goes_on(self, losses: tuple[float, ...], step: int) -> bool:
-        """Keep the weights if they are the best so far, go back if they are worse than at the start; False to stop."""
-        ratios = [now / max(start, 1e-12) for now, start in zip(losses, self.before, strict=True)]
-        if sum(ratios) < sum(a / max(b, 1e-12) for a, b in zip(self.after, self.before, strict=True)) and (
-            max(ratios) <= 1
-        ):
+    def judged(self, losses: Tensor, step: int) -> None:
+        """Keep the weights if they are the best so far, and at every size better than the start by more than chance
+        would have it, one standard error; go back if they are worse than at the start.
+        """
+        start = self.mean(self.before).clamp_min(1e-12)
+        change = losses - self.before
+        spread = ((change - self.mean(change)[:, None]) * self.weights).norm(dim=1)
+        now, best = ((self.mean(found) / start).mean() for found in (losses, self.after))
+        if now < best and (self.mean(change) + spread <= 0).all():
             self.after, self.kept = losses, step
             self._remember()
-        elif sum(ratios) > len(ratios):
-            self.falls += 1
-            self.cut /= LOWERED
-            self.restore()
-            self.optimizer.state.clear()
-            for group in self.optimizer.param_groups:
-                for name in ("initial_lr", "max_lr", "min_lr"):
-                    group[name] /= LOWERED
-        return self.falls < MOST_FALLS
+        elif not now <= 1:
+            self.fall()
+
+    def fall(self) -> None:
+        """Go on from the best weights at a lower learning rate."""
+        self.falls += 1
+        self.cut /= LOWERED
+        self.restore()
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            for name in ("initial_lr", "max_lr", "min_lr"):
+                group[name] /= LOWERED
 
     def restore(self) -> None:
         """Back to the best weights."""
@@ -286,13 +305,13 @@ def warn_of_nothing(outcome: Outcome) -> None:
         )
 
 
-def default_lr(objective: Objective, batch: Batch, gone: float) -> float:
+def default_lr(objective: Objective, gone: float) -> float:
     """Peak learning rate: what lost little has little to make good, and is harmed by steps that help what lost much.
 
     Args:
         gone: share of the trained parameters that slicing took away.
     """
-    return LR * gone**1.5
+    return (LOGITS_LR if isinstance(objective, LogitsObjective | TaskObjective) else LR) * gone**1.5
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
