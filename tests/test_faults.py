@@ -15,6 +15,7 @@ import pathprune
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="faults fall in forked processes")
 def test_no_fault_loses_anything(tmp_path: Path) -> None:
     """In a process of its own, which has one thread and may fork."""

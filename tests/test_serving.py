@@ -321,7 +321,7 @@ def test_sentence_encoders_are_searched_as_sentence_transformers_serves_them(kin
     assert (batch["input_ids"] == WORDS.index("query:")).any(1).all()
     assert not (batch["input_ids"] == WORDS.index("[UNK]")).any()  # W1 in small letters
 
-    from sentence_transformers import SentenceTransformer
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
     for prefix, name in ((None, "query"), ("w0 ", "passage")):
