@@ -130,6 +130,14 @@ def main() -> None:
             subject.searched, batches, objective=subject.objective, steps=args.steps, out=args.path, **settings
         )
     rows: list[dict[str, Any]] = []
+    record = {
+        "command": command(),
+        "model": subject.label,
+        "split": args.split,
+        "search_steps": args.steps,
+        "dense": subject.quality(subject.dense),
+        "rows": rows,
+    }
     data = {count: subject.samples(count) for count in args.samples}
     for keep in args.keeps:
         small = pp.slice_model(subject.dense, path.select(pp.Budget(keep=keep)))
@@ -160,15 +168,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    record = {
-        "command": command(),
-        "model": subject.label,
-        "split": args.split,
-        "search_steps": args.steps,
-        "dense": subject.quality(subject.dense),
-        "rows": rows,
-    }
-    write_record(args.out, record)
+            write_record(args.out, record)  # hours may pass until the last
 
 
 if __name__ == "__main__":
