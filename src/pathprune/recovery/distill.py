@@ -24,6 +24,7 @@ from pathprune.recovery.holdout import HeldOut
 LR, LOGITS_LR = 1e-3, 3e-4  # of a model that has lost everything; logits of few classes are soon learned by heart
 MOST_READ = 128  # batches, for samples to hold back
 LOWERED = 3  # times, the learning rate where training did harm
+HARM = 1.25  # times the loss of the start, in the first half of the steps: a high learning rate pays off when it falls
 MOST_FALLS = 4
 
 
@@ -114,7 +115,8 @@ def distill(
     Some samples are held back. The loss on them (of an encoder that of its embeddings, as in ``fidelity``) is measured
     at the start and up to twelve times on the way, and the best weights are what is left in the end: the start itself,
     if nothing was better by more than chance would have it. Where training has made things worse than they were at the
-    start, it goes on from the best weights at a third of the learning rate; after four such falls, it stops.
+    start (in the first half of the steps, by a quarter), it goes on from the best weights at a third of the learning
+    rate; after four such falls, it stops.
 
     Args:
         progress: see ``pathprune.progress.track``.
@@ -198,7 +200,7 @@ class _Training:
         steps: int,
     ) -> None:
         self.student, self.teacher, self.judge, self.bf16 = student, teacher, judge, bf16
-        self.trained, self.beside = trained, beside
+        self.trained, self.beside, self.steps = trained, beside, steps
         self.checks = min(steps, min(max(steps // 15, 4), 12))
         self.masters = [p.detach().float() if p.itemsize < 4 else p for p in trained]  # small steps would round away
         self.optimizer, peaks = torch.optim.AdamW(self.masters, lr=lr, betas=(0.95, 0.98), weight_decay=0.01), [lr]
@@ -253,7 +255,7 @@ class _Training:
 
     def judged(self, losses: Tensor, step: int) -> None:
         """Keep the weights if they are the best so far, and at every size better than the start by more than chance
-        would have it, one standard error; go back if they are worse than at the start.
+        would have it, one standard error; go back if they are worse than at the start, in the first half much worse.
         """
         start = self.mean(self.before).clamp_min(1e-12)
         change = losses - self.before
@@ -262,7 +264,7 @@ class _Training:
         if now < best and (self.mean(change) + spread <= 0).all():
             self.after, self.kept = losses, step
             self._remember()
-        elif not now <= 1:
+        elif not now <= (HARM if 2 * step <= self.steps else 1):
             self.fall()
 
     def fall(self) -> None:
