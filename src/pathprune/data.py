@@ -192,7 +192,10 @@ def chat_text(conversation: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
     ):
         raise DataError('a conversation is a list of messages, {"role": "user", "content": "..."} each, and not empty')
     asks = conversation[-1]["role"] != "assistant"
-    return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=asks))
+    try:
+        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=asks))
+    except ImportError as error:  # of Jinja2, which transformers asks for here alone
+        raise PathpruneError(str(error)) from error
 
 
 def token_lengths(texts: Sequence[Text], tokenizer: Any) -> list[int]:
