@@ -184,6 +184,7 @@ def chat_text(conversation: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
 
     Raises:
         DataError: it is no list of messages, or the tokenizer has no chat template.
+        PathpruneError: Jinja2 is missing, or too old for transformers.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(f"conversations need a chat template, and the {type(tokenizer).__name__} has none; pass texts")
