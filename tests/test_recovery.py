@@ -111,7 +111,7 @@ def test_mixed_precision_trains_as_well(recover: Any) -> None:
     small = pp.slice_model(teacher, path.select(Budget(keep=0.5)))
     trained = []
     for bf16 in (False, True):
-        steps, lr = (60, 3e-3) if recover else (150, 2e-3)
+        steps, lr = (60, 3e-3) if recover else (300, 3e-3)
         settings = {"data": data, "steps": steps, "lr": lr, "bf16": bf16, "progress": False}
         if recover:
             trained.append(recover(small, teacher=teacher, **settings))

@@ -24,7 +24,9 @@ from pathprune.recovery.holdout import HeldOut
 LR, LOGITS_LR = 1e-3, 3e-4  # of a model that has lost everything; logits of few classes are soon learned by heart
 MOST_READ = 128  # batches, for samples to hold back
 LOWERED = 3  # times, the learning rate where training did harm
-HARM = 1.25  # times the loss of the start, in the first half of the steps: a high learning rate pays off when it falls
+HARM = (
+    0.25  # of the start's loss may be lost in the first half of the steps: a high learning rate pays off when it falls
+)
 MOST_FALLS = 4
 
 
@@ -254,17 +256,18 @@ class _Training:
         return float(loss.detach())
 
     def judged(self, losses: Tensor, step: int) -> None:
-        """Keep the weights if they are the best so far, and at every size better than the start by more than chance
-        would have it, one standard error; go back if they are worse than at the start, in the first half much worse.
+        """Keep the weights if they are the best so far, better than the start by more than chance would have it, one
+        standard error, and at no size worse; go back if they are worse than at the start, in the first half much worse.
         """
-        start = self.mean(self.before).clamp_min(1e-12)
-        change = losses - self.before
-        spread = ((change - self.mean(change)[:, None]) * self.weights).norm(dim=1)
-        now, best = ((self.mean(found) / start).mean() for found in (losses, self.after))
-        if now < best and (self.mean(change) + spread <= 0).all():
+        start = self.mean(self.before).clamp_min(1e-12)[:, None]
+        change = ((losses - self.before) / start).mean(0)  # (batches,)
+        mean = change @ self.weights
+        spread = ((change - mean) * self.weights).norm()
+        best = ((self.after - self.before) / start).mean(0) @ self.weights
+        if mean < best and mean + spread <= 0 and (self.mean(losses) <= self.mean(self.before)).all():
             self.after, self.kept = losses, step
             self._remember()
-        elif not now <= (HARM if 2 * step <= self.steps else 1):
+        elif not mean <= (HARM if 2 * step <= self.steps else 0):
             self.fall()
 
     def fall(self) -> None:
