@@ -37,6 +37,21 @@ def same_path(a: SolutionPath, b: SolutionPath) -> None:
     np.testing.assert_array_equal(a.trajectory.loss, b.trajectory.loss)
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, data: Any, **settings: Any) -> None:
+    """A search that Ctrl-C ends at its eighth step."""
+    step, calls = searching._Run._step, iter(range(100))
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pp.search(tiny_bert(), data, **settings)
+
+
 @pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
 def test_search_gives_a_complete_path(dynamics: str, tmp_path: Path) -> None:
     model = tiny_bert()
@@ -204,17 +219,7 @@ def test_data_that_shuffles_itself_comes_in_the_order_of_the_seed(
     assert not np.array_equal(whole.trajectory.loss, pp.search(model, loader(), seed=1, **settings).trajectory.loss)
     assert torch.equal(torch.get_rng_state(), state)
 
-    step, calls = searching._Run._step, iter(range(100))
-
-    def interrupted(self: Any, batch: Any) -> Any:
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching._Run, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            pp.search(tiny_bert(), loader(), out=tmp_path, **settings)
+    interrupt(monkeypatch, loader(), out=tmp_path, **settings)
     same_path(whole, pp.search(tiny_bert(), loader(), out=tmp_path, resume=True, **settings))
 
 
@@ -383,17 +388,7 @@ def test_a_search_is_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
     settings: dict[str, Any] = {"steps": 12, "multiple": 2, "progress": False, "out": tmp_path}
     data = tiny_batches()
-    step, calls = searching._Run._step, iter(range(100))
-
-    def interrupted(self: Any, batch: Any) -> Any:
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(searching._Run, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            pp.search(tiny_bert(), data, **settings)
+    interrupt(monkeypatch, data, **settings)
     other = [{**data[0], "input_ids": data[0]["input_ids"].flip(0)}, *data[1:]]
     for _ in ("unfinished", "finished"):
         with pytest.raises(pp.MismatchError, match="begun with other data: another first batch"):

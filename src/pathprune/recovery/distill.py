@@ -24,9 +24,7 @@ from pathprune.recovery.holdout import HeldOut
 LR, LOGITS_LR = 1e-3, 3e-4  # of a model that has lost everything; logits of few classes are soon learned by heart
 MOST_READ = 128  # batches, for samples to hold back
 LOWERED = 3  # times, the learning rate where training did harm
-HARM = (
-    0.25  # of the start's loss may be lost in the first half of the steps: a high learning rate pays off when it falls
-)
+HARM = 0.25  # of the loss may be added in the first half of the steps: a high learning rate pays off when it falls
 MOST_FALLS = 4
 
 
