@@ -2,7 +2,8 @@
 
     python benchmarks/recovery_table.py --model minilm --out benchmarks/results/recovery-minilm.json
 
-One search a model; every row is one recovery of one size. Quality is that of ``models.py``, and for the classifier
+One search a model; every row is one recovery of one size. A run that was cut off goes on: rows that the record holds
+are not run again (name a folder with ``--path``, so that they are of one search). Quality is that of ``models.py``, and for the classifier
 (MiniLM with five classes, fitted here to 500 articles with their topics) one minus the divergence from the dense
 model's distribution, on paragraphs of articles that neither the fit, the search nor the recovery saw.
 """
@@ -130,6 +131,9 @@ def main() -> None:
             subject.searched, batches, objective=subject.objective, steps=args.steps, out=args.path, **settings
         )
     rows: list[dict[str, Any]] = []
+    if args.path is not None and args.out is not None and args.out.exists():
+        rows = json.loads(args.out.read_text())["rows"]
+    done = {(row["keep"], row["samples"], row["steps"], row["lr"]) for row in rows}
     record = {
         "command": command(),
         "model": subject.label,
@@ -143,6 +147,8 @@ def main() -> None:
         small = pp.slice_model(subject.dense, path.select(pp.Budget(keep=keep)))
         before = subject.quality(small)
         for count, steps, lr in product(args.samples, args.recover_steps, args.lr):
+            if (keep, count, steps, lr) in done:
+                continue
             began = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nothing gained: the row says so
