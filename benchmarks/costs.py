@@ -20,11 +20,12 @@ import torch
 import pathprune as pp
 from models import MiniLM
 from pathprune import demo
-from pathprune.compensation import gather
-from pathprune.data import Batch, Batches
+from pathprune.data.batches import Batch, Batches
 from pathprune.evaluation import latency
-from pathprune.objectives import EmbeddingObjective
-from pathprune.searching import SearchConfig, _frozen, _Run
+from pathprune.objectives.embedding import EmbeddingObjective
+from pathprune.ranking.config import SearchConfig
+from pathprune.ranking.covariance import gather
+from pathprune.ranking.run import _frozen, _Run
 from recording import command, parser, search_settings, write_record
 
 

@@ -44,12 +44,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pathprune as pp
 import zoo
-from pathprune.artifact import write_text
+from pathprune.discovery.dummy_inputs import example_inputs
 from pathprune.errors import DataError, UnsupportedModelError
 from pathprune.evaluation import machine
-from pathprune.inputs import example_inputs
-from pathprune.masks import masked
-from pathprune.path import library_versions
+from pathprune.family.files import write_text
+from pathprune.transform.masks import masked
+from pathprune.versions import library_versions
 from recording import command
 
 KEEPS = (0.7, 0.4)

@@ -21,7 +21,8 @@ import pathprune as pp
 from models import MiniLM
 from pathprune import demo
 from pathprune.evaluation import fidelity
-from pathprune.objectives import HiddenObjective, Targets
+from pathprune.objectives.embedding import HiddenObjective
+from pathprune.objectives.targets import Targets
 from recording import command, parser, search_settings, write_record
 
 LIMIT = 0.1  # of the remaining loss

@@ -40,9 +40,12 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune import cli, hub, searching
-from pathprune.artifact import PARTS, read_artifact
-from pathprune.path import FORMAT
+from pathprune.checkpoint import folders
+from pathprune.cli import app as cli
+from pathprune.family.artifact import read_artifact
+from pathprune.family.files import PARTS
+from pathprune.family.path import FORMAT
+from pathprune.ranking import run as searching
 from recording import command, write_record
 
 FILE_EVENTS = re.compile(
@@ -77,7 +80,7 @@ class Events:
         sys.addaudithook(self.hook)
         for owner, name in (
             (os, "fsync"),
-            (hub, "_exchange"),
+            (folders, "exchange"),
             (transformers.modeling_utils, "safe_save_file"),
         ):
             setattr(owner, name, self.announced(name, getattr(owner, name)))
@@ -193,7 +196,7 @@ def whole_model(root: Path, before: Listing, after: Listing) -> bool:
 
 def whole_when_settled(root: Path, before: Listing, after: Listing) -> bool:
     """Where folders are not exchanged: as the next command finds it."""
-    return child(lambda: hub.check_free(root / "model"), root).code == 0 and whole_model(root, before, after)
+    return child(lambda: folders.check_free(root / "model"), root).code == 0 and whole_model(root, before, after)
 
 
 def whole_path(root: Path, before: Listing, after: Listing) -> bool:
@@ -235,7 +238,7 @@ class Materials:
         self.search(self.run)
 
     def save(self, which: int, root: Path, **settings: Any) -> None:
-        hub.save_model(self.small[which], root / "model", **settings)
+        folders.save_model(self.small[which], root / "model", **settings)
 
     def old_model(self, root: Path) -> None:
         """With what a user may have put there, and weights of another form that must go."""
@@ -267,14 +270,14 @@ class Materials:
 
         def renaming(work: Callable[[Path], Any]) -> Callable[[Path], Any]:
             def without(root: Path) -> None:
-                hub._exchange = lambda one, other: False
+                folders.exchange = lambda one, other: False
                 work(root)
 
             return without
 
         def unlinked(work: Callable[[Path], Any]) -> Callable[[Path], Any]:
             def without(root: Path) -> None:
-                hub._link_rest = lambda folder, part: False
+                folders.link_rest = lambda folder, part: False
                 work(root)
 
             return without

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import materials
 import pathprune as pp
 from models import perplexity, windows
-from pathprune.data import Batch
+from pathprune.data.batches import Batch
 from recording import COMMIT, command, parser, search_settings, write_record
 
 KEEPS = (0.9, 0.8, 0.7)

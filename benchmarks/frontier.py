@@ -37,8 +37,8 @@ import pathprune as pp
 from baselines import METHODS, Problem
 from baselines.peers import prunable_left
 from models import MODELS
-from pathprune.artifact import write_text
-from pathprune.objectives import get_objective
+from pathprune.family.files import write_text
+from pathprune.objectives.choose import get_objective
 from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
 from recording import COMMIT, command, parser, search_settings, write_record
 

@@ -43,12 +43,14 @@ from transformers import LlamaConfig, LlamaModel
 import pathprune as pp
 from alterations import altered, damaged
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune.artifact import read_artifact
+from pathprune.checkpoint.other_libraries import load_model
+from pathprune.checkpoint.save import save_model
 from pathprune.errors import PathpruneError
-from pathprune.hub import PathpruneConfig, load_model, save_model
+from pathprune.family.artifact import read_artifact
 from pathprune.report import model_card
 from pathprune.report.record import read_family, smaller_members
-from pathprune.shapes import shape_modules
+from pathprune.transform.modules import shape_modules
+from pathprune.transform.record import PathpruneConfig
 from recording import command, write_record
 
 SECONDS, GROWTH = 5.0, 2**30  # limits of one read, and of all in memory

@@ -25,8 +25,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import materials
 from pathprune import demo
-from pathprune.data import Batch, packed, placed
-from pathprune.objectives import EmbeddingObjective
+from pathprune.data.batches import Batch
+from pathprune.data.checks import placed
+from pathprune.data.text import packed
+from pathprune.objectives.embedding import EmbeddingObjective
 
 NEIGHBOURS = 10
 CLASSES = 10

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pathprune.artifact import write_text
 from pathprune.evaluation import machine, peak_memory
-from pathprune.path import library_versions
+from pathprune.family.files import write_text
+from pathprune.versions import library_versions
 
 
 def parser(description: str | None, *, steps: int | None, seeds: int) -> argparse.ArgumentParser:

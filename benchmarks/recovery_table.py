@@ -3,9 +3,9 @@
     python benchmarks/recovery_table.py --model minilm --out benchmarks/results/recovery-minilm.json
 
 One search a model; every row is one recovery of one size. A run that was cut off goes on: rows that the record holds
-are not run again (name a folder with ``--path``, so that they are of one search). Quality is that of ``models.py``, and for the classifier
-(MiniLM with five classes, fitted here to 500 articles with their topics) one minus the divergence from the dense
-model's distribution, on paragraphs of articles that neither the fit, the search nor the recovery saw.
+are not run again (name a folder with ``--path``, so that they are of one search). Quality is that of ``models.py``, and
+for the classifier (MiniLM with five classes, fitted here to 500 articles with their topics) one minus the divergence
+from the dense model's distribution, on paragraphs of articles that neither the fit, the search nor the recovery saw.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
         path = pp.SolutionPath.load(args.path)
     else:
         batches = subject.batches(0, args.steps)
-        settings: dict[str, Any] = {"lowest_level": 0.4, "bf16": args.model != "smollm2"}
+        settings: dict[str, Any] = {"lowest_level": 0.4}
         path = pp.search(
             subject.searched, batches, objective=subject.objective, steps=args.steps, out=args.path, **settings
         )
@@ -152,7 +152,7 @@ def main() -> None:
             began = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nothing gained: the row says so
-                after: Any = pp.recover(small, teacher=subject.dense, data=data[count], steps=steps, lr=lr, bf16=True)
+                after: Any = pp.recover(small, teacher=subject.dense, data=data[count], steps=steps, lr=lr)
             outcome = after.recovery
             rows.append(
                 {

@@ -17,10 +17,10 @@ from transformers import AutoModel
 
 import pathprune as pp
 from pathprune import demo
-from pathprune.artifact import write_text
-from pathprune.budget import dense_macs
 from pathprune.evaluation import latency, machine
-from pathprune.path import library_versions
+from pathprune.family.costs import dense_macs
+from pathprune.family.files import write_text
+from pathprune.versions import library_versions
 from recording import command
 
 # heads, query-key width, value width, neurons

@@ -23,7 +23,8 @@ import pathprune as pp
 from materials import austen
 from models import MiniLM
 from pathprune import demo
-from pathprune.data import Batch, tokenized
+from pathprune.data.batches import Batch
+from pathprune.data.text import tokenized
 from pathprune.evaluation import fidelity
 from recording import command, parser, search_settings, write_record
 

@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import pathprune
-from pathprune.discovery import find_pairs
-from pathprune.pairs import PairList
-from pathprune.proof import Float64
+from pathprune.discovery.discover import find_pairs
+from pathprune.discovery.proof import Float64
+from pathprune.family.pair_list import PairList
 
 torch.set_num_threads(1)
 QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -9,10 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from pathprune.budget import Budget, Selection
-from pathprune.order import UNITS, Order, Unit, removal_order
-from pathprune.pairs import BaseModel, Pair, PairList, Rotary, Slot
-from pathprune.path import SolutionPath, Trajectory
+from pathprune.family.budget import Budget
+from pathprune.family.order import UNITS, Order, Unit, removal_order
+from pathprune.family.pair_list import BaseModel, PairList
+from pathprune.family.pairs import Pair, Rotary, Slot
+from pathprune.family.path import SolutionPath
+from pathprune.family.selection import Selection
+from pathprune.family.trajectory import Trajectory
 
 Floats = npt.NDArray[np.floating[Any]]
 Masks = dict[str, npt.NDArray[np.bool_]]

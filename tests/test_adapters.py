@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from conftest import COMMON, randomise, tiny_inputs
-from pathprune.shapes import Padding
+from pathprune.transform.modules import Padding
 from strategies import selection_of
 
 peft = pytest.importorskip("peft")

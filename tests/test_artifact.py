@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pathprune.artifact import LARGEST, read_artifact, remove_artifact, write_artifact, write_text
 from pathprune.errors import ArtifactError
+from pathprune.family.artifact import LARGEST, read_artifact, remove_artifact, write_artifact
+from pathprune.family.files import write_text
 
 OLD, NEW = {"x": np.arange(3.0)}, {"x": np.arange(4.0)}
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import T5Config, T5Model
 
 from conftest import Subject, snapshot, tiny_inputs
-from pathprune.basis import Calibration, Moments, _balance, calibrate, sensitivity
-from pathprune.compensation import gather
-from pathprune.data import Batches
-from pathprune.discovery import find_pairs
-from pathprune.masks import attach_masks
-from pathprune.pairs import Pair, Slot
+from pathprune.data.batches import Batches
+from pathprune.discovery.discover import find_pairs
+from pathprune.family.pairs import Pair, Slot
+from pathprune.ranking.basis import Calibration, Moments, _balance, calibrate, sensitivity
+from pathprune.ranking.covariance import gather
+from pathprune.transform.masks import attach_masks
 
 BATCHES = [tiny_inputs(seed, batch=8, length=12) for seed in range(6)]
 

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import Subject, run_model, tiny_model
-from pathprune.budget import Budget, Selection, dense_macs
-from pathprune.discovery import find_pairs
+from pathprune.discovery.discover import find_pairs
 from pathprune.errors import BudgetError
-from pathprune.pairs import Pair, Slot
-from pathprune.path import SolutionPath
-from pathprune.slicing import slice_model
+from pathprune.family.budget import Budget
+from pathprune.family.costs import dense_macs
+from pathprune.family.pairs import Pair, Slot
+from pathprune.family.path import SolutionPath
+from pathprune.family.selection import Selection
+from pathprune.transform.slicing import slice_model
 from strategies import CASES, budgets, mlp_pair, pair_list, paths, selection_of
 
 
@@ -141,7 +143,7 @@ def test_more_than_the_dense_model_is_taken_for_a_slip(path: SolutionPath, kind:
 @pytest.mark.parametrize(
     ("given_budget", "message"),
     [
-        ({}, r"exactly one of keep=, params= or macs=; got none"),
+        ({}, r"exactly one of keep=, params=, macs= or bytes=; got none"),
         ({"keep": 0.5, "macs": 0.5}, r"exactly one .* got \['keep', 'macs'\]"),
         ({"keep": 0.5, "params": 10, "macs": 1}, r"exactly one"),
         ({"keep": 0.0}, r"keep=0.0 is not in \(0, 1\]; a float is the fraction kept$"),

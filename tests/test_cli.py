@@ -36,12 +36,13 @@ from transformers import (
 
 import pathprune as pp
 from helpers import VOCAB, tiny_bert
-from pathprune.cli import _size, main
-from pathprune.objectives import Targets
-from pathprune.path import SolutionPath
-from pathprune.searching import SearchConfig
+from pathprune.cli.app import main
+from pathprune.cli.options import parse_size
+from pathprune.family.path import SolutionPath
+from pathprune.objectives.targets import Targets
+from pathprune.ranking.config import SearchConfig
 
-COMMAND = [sys.executable, "-c", "from pathprune.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from pathprune.cli.app import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,8 @@ def test_what_is_there_is_replaced_only_when_asked(
         ("give one of them", (*searching, "--resume", "--overwrite")),
     )
     with monkeypatch.context() as patch:
-        patch.setattr("pathprune.cli._load", None)
+        for name in ("search", "slice", "recover", "elastic"):
+            patch.setattr(f"pathprune.cli.{name}.load_dense", None)
         patch.setattr("pathprune.demo.minilm", None)
         for message, command in refused:
             code, _, err = ask(*command)
@@ -307,7 +309,10 @@ def test_the_wrong_input_is_refused_before_anything_slow(
     dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one line, before a model is loaded."""
-    monkeypatch.setattr("pathprune.cli._load", lambda name, device: pytest.fail(f"{name} was loaded"))
+    for command in ("inspect", "search", "slice", "recover", "elastic", "evaluate"):
+        monkeypatch.setattr(
+            f"pathprune.cli.{command}.load_dense", lambda name, device: pytest.fail(f"{name} was loaded")
+        )
     monkeypatch.chdir(tmp_path)
     texts, out = dense.parent / "texts.txt", ("--out", tmp_path / "new")
     SolutionPath.from_scores(pairs := pp.find_pairs(tiny_bert()), {p.name: torch.rand(p.shape) for p in pairs}).save(
@@ -352,7 +357,15 @@ def test_the_wrong_input_is_refused_before_anything_slow(
     refused("--keep 18M is not in (0, 1]", "slice", "run", dense, *out, "--keep", "18M")
     refused("--params 50 is an absolute number", "slice", "run", dense, *out, "--params", 50)
     refused(
-        "takes exactly one of --keep, --params or --macs", "slice", "run", dense, *out, "--keep", 0.5, "--macs", 0.5
+        "takes exactly one of --keep, --params, --macs or --bytes",
+        "slice",
+        "run",
+        dense,
+        *out,
+        "--keep",
+        0.5,
+        "--macs",
+        0.5,
     )
     for model, message in {
         "./enc-50": "cannot load a model from ./enc-50: no such folder",
@@ -399,7 +412,7 @@ def test_the_hub_is_asked_once(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_are_read_as_people_write_them(option: str, text: str, value: float | int) -> None:
-    found = _size(option, text)
+    found = parse_size(option, text)
     assert (found, type(found)) == (value, type(value))
 
 
@@ -407,7 +420,7 @@ def test_sizes_are_read_as_people_write_them(option: str, text: str, value: floa
 def test_what_is_no_size_is_refused(text: str) -> None:
     for option in ("--keep", "--params", "--macs"):
         with pytest.raises(pp.BudgetError, match=option):
-            _size(option, text)
+            parse_size(option, text)
 
 
 def test_every_command_cuts_texts_alike(dense: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +495,7 @@ def test_labels_come_from_a_column(
         seen.append((batches, settings["objective"]))
         raise pp.DataError("seen")
 
-    monkeypatch.setattr("pathprune.searching.search", look)
+    monkeypatch.setattr("pathprune.ranking.run.search", look)
     table, out = tmp_path / "t.csv", ("--out", tmp_path / "run")
     search = ("search", classifier, "--data", table, *out, "--objective", "task")
     table.write_text("text,label,topic\n" + "w3 w4,tech,1\n,sport,0\nw5,7,2\n" + "w6,sport,0\n" * 20)
@@ -572,7 +585,7 @@ def test_nothing_ends_in_a_traceback(ask: Ask, monkeypatch: pytest.MonkeyPatch, 
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr("pathprune.cli._check_model", fail)
+    monkeypatch.setattr("pathprune.cli.inspect.check_model", fail)
     code, out, err = ask("inspect", "model")
     assert (code, out) == (2, "")
     assert err.startswith(message)
@@ -624,7 +637,7 @@ def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
 
     texts = dense.parent / "texts.txt"
     assert ask("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 4)[0] == 0
-    monkeypatch.setattr("pathprune.slicing.slice_modules", stop)
+    monkeypatch.setattr("pathprune.transform.slicing.slice_modules", stop)
     assert ask("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half")[0] == 130
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -15,14 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune import compensation
-from pathprune.budget import Budget
-from pathprune.compensation import by_place, untold
-from pathprune.discovery import identify
 from pathprune.evaluation import fidelity
-from pathprune.masks import attach_masks
-from pathprune.pairs import PairList
-from pathprune.slicing import axis_first
+from pathprune.family.budget import Budget
+from pathprune.family.pair_list import PairList
+from pathprune.model.identity import identify
+from pathprune.ranking import covariance as covariances
+from pathprune.transform import reconstruction as compensation
+from pathprune.transform.folding import axis_first
+from pathprune.transform.masks import attach_masks
+from pathprune.transform.reconstruction import by_place, untold
 from strategies import moments
 
 
@@ -80,7 +81,7 @@ def tokens(model: nn.Module, name: str, data: list[dict[str, torch.Tensor]]) -> 
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_no_weights_that_stay_come_nearer(kind: str, fill: bool, basis: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensation, "RIDGE", 1e-6)
+    monkeypatch.setattr(covariances, "RIDGE", 1e-6)
     model = MODELS[kind]().double()
     path = random_path(model, fill=fill, basis=basis)
     selection = path.select(Budget(keep=0.5))
@@ -119,7 +120,7 @@ def test_no_weights_that_stay_come_nearer(kind: str, fill: bool, basis: bool, mo
 
 def test_what_others_tell_exactly_may_leave_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each neuron has a double, one of the two is enough, whatever both write."""
-    monkeypatch.setattr(compensation, "RIDGE", 1e-7)
+    monkeypatch.setattr(covariances, "RIDGE", 1e-7)
     model: Any = tiny_bert()
     pairs = pp.find_pairs(model)
     ups = [pair for pair in pairs if pair.kind == "mlp"]
@@ -147,7 +148,7 @@ def test_a_fit_is_the_same_from_either_side(count: int, seed: int) -> None:
     noise = torch.Generator().manual_seed(seed)
     rows = torch.randn(60, 40, generator=noise, dtype=torch.float64) * torch.logspace(-2, 2, 40, dtype=torch.float64)
     covariance = rows.mT @ rows / len(rows)
-    covariance.diagonal().add_(compensation.RIDGE * covariance.diagonal().mean())
+    covariance.diagonal().add_(covariances.RIDGE * covariance.diagonal().mean())
     keep = torch.randperm(40, generator=noise) < count
     deviation = covariance.diagonal().sqrt()
     expected = torch.linalg.solve(covariance[keep][:, keep], covariance[keep][:, ~keep])
@@ -177,8 +178,8 @@ def test_a_large_mean_does_not_drown_what_varies(far: float, seed: int) -> None:
     model: Any = tiny_bert()
     pair = next(pair for pair in pp.find_pairs(model) if pair.kind == "mlp")
     noise = torch.Generator().manual_seed(seed)
-    hook = compensation._Hook(pair, None)
-    near = compensation._Hook(pair, None)
+    hook = covariances.InputMoments(pair, None)
+    near = covariances.InputMoments(pair, None)
     for _ in range(3):
         x, y = torch.randn(200, pair.width, generator=noise) + far, torch.randn(200, 4, generator=noise)
         hook(model, (x,), y)

@@ -17,10 +17,11 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import pathprune as pp
-from pathprune.data import Images, first_tokens, fitting_length, packed, token_lengths, tokenized
+from pathprune.data.images import Images
+from pathprune.data.text import first_tokens, fitting_length, packed, token_lengths, tokenized
 from pathprune.errors import SettingError
 from pathprune.evaluation import fidelity
-from pathprune.path import SolutionPath
+from pathprune.family.path import SolutionPath
 from pathprune.reading import read_file, read_texts
 
 END = 1

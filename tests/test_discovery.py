@@ -16,13 +16,15 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from conftest import COMMON, Subject, randomise, run_model, snapshot, tiny_inputs
 from helpers import tiny_batches, tiny_bert
-from pathprune.budget import Budget
-from pathprune.discovery import check_base, find_pairs
+from pathprune.discovery.discover import find_pairs
 from pathprune.errors import MismatchError, UnsupportedModelError
-from pathprune.masks import masked
-from pathprune.pairs import Pair, PairList
-from pathprune.path import SolutionPath
-from pathprune.slicing import slice_model
+from pathprune.family.budget import Budget
+from pathprune.family.pair_list import PairList
+from pathprune.family.pairs import Pair
+from pathprune.family.path import SolutionPath
+from pathprune.model.identity import check_base
+from pathprune.transform.masks import masked
+from pathprune.transform.slicing import slice_model
 from strategies import selection_of
 
 

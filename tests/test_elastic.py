@@ -18,12 +18,13 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, BertM
 import pathprune as pp
 from conftest import Subject, assert_same_model, randomise, tiny_inputs
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune import partial
+from pathprune.checkpoint import tensors
 from pathprune.evaluation import fidelity
-from pathprune.objectives import HiddenObjective, Targets
-from pathprune.path import SolutionPath
+from pathprune.family.path import SolutionPath
+from pathprune.objectives.embedding import HiddenObjective
+from pathprune.objectives.targets import Targets
 from pathprune.recovery.nested import _Sizes
-from pathprune.sorting import rebased
+from pathprune.transform.sorting import rebased
 from test_sorting import path_of
 
 SIZES = (0.75, 0.5, 0.25)
@@ -201,7 +202,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         def get_slice(self, name: str) -> Part:
             return Part(self.file.get_slice(name), name)
 
-    monkeypatch.setattr(partial, "safe_open", File)
+    monkeypatch.setattr(tensors, "safe_open", File)
     return asked
 
 

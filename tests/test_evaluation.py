@@ -13,7 +13,8 @@ from torch import nn
 import pathprune as pp
 from helpers import tiny_batches, tiny_bert
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member
-from pathprune.objectives import EmbeddingObjective, Targets
+from pathprune.objectives.embedding import EmbeddingObjective
+from pathprune.objectives.targets import Targets
 from pathprune.report import write_report
 
 

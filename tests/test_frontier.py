@@ -23,7 +23,7 @@ from baselines import METHODS, Problem
 from baselines.peers import prunable_left
 from baselines.problem import moments, probes
 from baselines.scores import overlaps, rearranged, rescaled
-from pathprune.objectives import get_objective
+from pathprune.objectives.choose import get_objective
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

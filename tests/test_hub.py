@@ -19,12 +19,15 @@ import transformers
 from torch import nn
 
 from conftest import Python, Subject, assert_same_model, run_model, snapshot, tiny_inputs, tiny_model
-from pathprune.discovery import find_pairs
+from pathprune.checkpoint.folders import check_free, exchange
+from pathprune.checkpoint.other_libraries import load_model
+from pathprune.checkpoint.save import save_model
+from pathprune.discovery.discover import find_pairs
 from pathprune.errors import ArtifactError, MismatchError, UnsupportedModelError
-from pathprune.hub import PathpruneConfig, _exchange, check_free, load_model, save_model
-from pathprune.path import SolutionPath
-from pathprune.shapes import Padding
-from pathprune.slicing import slice_model
+from pathprune.family.path import SolutionPath
+from pathprune.transform.modules import Padding
+from pathprune.transform.record import PathpruneConfig
+from pathprune.transform.slicing import slice_model
 from strategies import CASES, selection_of
 
 AUTO = {"bert": transformers.AutoModelForMaskedLM, "llama": transformers.AutoModelForCausalLM}
@@ -521,11 +524,11 @@ def test_ctrl_c_leaves_a_whole_model_and_what_stood_beside_it(
     whole = listing(folder.with_name("other")) | {"thesis.txt": b"years of work"}
     with monkeypatch.context() as patch:
         if exchanging and nth == 1:
-            patch.setattr("pathprune.hub._exchange", interrupted(_exchange, 1, after))
+            patch.setattr("pathprune.checkpoint.folders.exchange", interrupted(exchange, 1, after))
         else:
             patch.setattr(Path, "rename", interrupted(Path.rename, nth - exchanging, after))
         if not exchanging:
-            patch.setattr("pathprune.hub._exchange", lambda one, other: False)
+            patch.setattr("pathprune.checkpoint.folders.exchange", lambda one, other: False)
         with pytest.raises(KeyboardInterrupt):
             save_model(small, folder, card="new")
     assert listing(folder) in (before, whole)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pathprune.inclusion import (
+from pathprune.ranking.inclusion import (
     ADAM_BETAS,
     ADAM_EPS,
     SPP_THRESHOLD,

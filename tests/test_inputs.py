@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from conftest import snapshot, tiny_model
+from pathprune.discovery.dummy_inputs import example_inputs
 from pathprune.errors import UnsupportedModelError
-from pathprune.inputs import example_inputs
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pathprune.layouts import propose
-from pathprune.pairs import Pair, Slot
+from pathprune.discovery.layouts.propose import propose
+from pathprune.family.pairs import Pair, Slot
 
 small = st.integers(1, 4)
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune.data import Batches
-from pathprune.limits import Limits
+from pathprune.data.batches import Batches
+from pathprune.model.limits import Limits
 
 
 def changed(**values: Tensor) -> Any:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from conftest import Subject, run_model, snapshot, tiny_model
-from pathprune.budget import Selection
 from pathprune.errors import MismatchError
-from pathprune.masks import attach_masks, masked
-from pathprune.pairs import Pair, Slot
+from pathprune.family.pairs import Pair, Slot
+from pathprune.family.selection import Selection
+from pathprune.transform.masks import attach_masks, masked
 from strategies import CASES, selection_of
 
 

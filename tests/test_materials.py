@@ -49,7 +49,7 @@ def test_smollm2_puts_nothing_before_a_text() -> None:
 
     from models import windows
     from pathprune import demo
-    from pathprune.data import first_tokens
+    from pathprune.data.text import first_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(materials.smollm2())
     assert first_tokens(tokenizer) == []
@@ -66,7 +66,7 @@ def test_gemma_is_far_from_itself_without_its_first_token() -> None:
 
     from first_token import without_first
     from models import perplexity, windows
-    from pathprune.data import first_tokens
+    from pathprune.data.text import first_tokens
 
     source = materials.gemma3()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)

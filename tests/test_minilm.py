@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import pathprune as pp
 from pathprune import demo
-from pathprune.data import tokenized
+from pathprune.data.text import tokenized
 from pathprune.evaluation import fidelity
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""pathprune.modes: mixed precision."""
+"""pathprune.model.contexts: mixed precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pathprune.errors import SettingError
-from pathprune.modes import mixed
+from pathprune.model.contexts import mixed
 
 
 @pytest.mark.parametrize("bf16", [False, True])

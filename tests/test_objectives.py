@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from conftest import randomise
-from pathprune import objectives
 from pathprune.evaluation import fidelity
-from pathprune.objectives import EmbeddingObjective, LogitsObjective, Targets, get_objective, objective_name
-from pathprune.outputs import real_tokens
+from pathprune.model.outputs import real_tokens
+from pathprune.objectives import targets as objectives
+from pathprune.objectives.choose import get_objective, objective_name
+from pathprune.objectives.embedding import EmbeddingObjective
+from pathprune.objectives.logits import LogitsObjective
+from pathprune.objectives.targets import Targets
 
 WORDS = 11
 TEXT = {"vocab_size": WORDS, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}

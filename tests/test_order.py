@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from pathprune.order import UNITS, Order, removal_order
-from pathprune.pairs import Pair
+from pathprune.family.order import UNITS, Order, removal_order
+from pathprune.family.pairs import Pair
 from strategies import Family, attention_pairs, families, mlp_pair, pair_list
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pathprune.artifact import read_artifact, write_artifact
-from pathprune.budget import Budget
 from pathprune.errors import ArtifactError, MismatchError, SettingError
-from pathprune.pairs import PairList
-from pathprune.path import FORMAT, SolutionPath, Trajectory
+from pathprune.family.artifact import read_artifact, write_artifact
+from pathprune.family.budget import Budget
+from pathprune.family.pair_list import PairList
+from pathprune.family.path import FORMAT, SolutionPath
+from pathprune.family.trajectory import Trajectory
 from strategies import attention_pairs, mlp_pair, pair_list, paths
 
 

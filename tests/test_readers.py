@@ -24,10 +24,12 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, BertM
 import pathprune as pp
 from alterations import altered, damaged
 from helpers import tiny_batches, tiny_bert
-from pathprune import hub
+from pathprune.checkpoint import hf
+from pathprune.checkpoint.other_libraries import load_model
+from pathprune.checkpoint.save import save_model
 from pathprune.errors import ArtifactError, MismatchError, PathpruneError
-from pathprune.hub import PathpruneConfig, load_model, save_model
-from pathprune.shapes import shape_modules
+from pathprune.transform.modules import shape_modules
+from pathprune.transform.record import PathpruneConfig
 
 RANDOMS = st.randoms(use_true_random=False)
 BATCH = tiny_batches(1)[0]
@@ -157,7 +159,7 @@ def test_an_altered_record_is_refused_or_runs(written: dict[str, Path], unhash: 
             config: Any = PathpruneConfig.from_dict(changed)
             with torch.device("meta"):
                 model = BertModel(dense.config)
-            shape_modules(model, hub._below(model, config.record), doubtful=not config.signed)
+            shape_modules(model, hf._below(model, config.record), doubtful=not config.signed)
         except PathpruneError:
             return
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -465,6 +467,6 @@ def test_a_record_of_300_000_entries_is_refused_at_once(written: dict[str, Path]
 
 
 def test_hub_can_be_imported_anew(written: dict[str, Path]) -> None:
-    again = importlib.reload(hub)
+    again = importlib.reload(hf)
     assert again.METHOD == "pathprune (pip install pathprune, then `import pathprune` before loading this model)"
     assert isinstance(output(AutoModel.from_pretrained(written["sliced"])), Tensor)

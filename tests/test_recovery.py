@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune.budget import Budget
-from pathprune.data import Batches
+from pathprune.data.batches import Batches
 from pathprune.evaluation import fidelity
-from pathprune.path import SolutionPath
+from pathprune.family.budget import Budget
+from pathprune.family.path import SolutionPath
 from pathprune.recovery import holdout
 from pathprune.recovery.holdout import HeldOut
 

@@ -23,10 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alterations import altered
-from pathprune.budget import Budget
 from pathprune.errors import ArtifactError, PathpruneError
-from pathprune.pairs import BaseModel, Pair, PairList, Slot
-from pathprune.path import SolutionPath, Trajectory
+from pathprune.family.budget import Budget
+from pathprune.family.pair_list import BaseModel, PairList
+from pathprune.family.pairs import Pair, Slot
+from pathprune.family.path import SolutionPath
+from pathprune.family.trajectory import Trajectory
 from pathprune.report import model_card, plots, write_report
 from pathprune.report.record import count, layer_labels, loader, read_family
 

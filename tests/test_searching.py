@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import pathprune as pp
 from helpers import VOCAB, tiny_batches, tiny_bert
-from pathprune import searching
-from pathprune.budget import Budget
-from pathprune.data import Batches
-from pathprune.dynamics import DYNAMICS
-from pathprune.objectives import EmbeddingObjective, Targets
-from pathprune.path import SolutionPath
-from pathprune.searching import SearchConfig
+from pathprune.data.batches import Batches
+from pathprune.family.budget import Budget
+from pathprune.family.path import SolutionPath
+from pathprune.objectives.embedding import EmbeddingObjective
+from pathprune.objectives.targets import Targets
+from pathprune.ranking import run as searching
+from pathprune.ranking.config import SearchConfig
+from pathprune.registry import DYNAMICS
 
 
 def run(model: nn.Module, **settings: Any) -> SolutionPath:

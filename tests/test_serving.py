@@ -27,10 +27,13 @@ from transformers import (
 from transformers.image_utils import load_image
 
 import pathprune as pp
-from pathprune import cli
-from pathprune.data import Images, first_tokens, packed, tokenized
-from pathprune.objectives import EmbeddingObjective, get_objective, objective_name
-from pathprune.outputs import real_tokens
+from pathprune.cli.inputs import make_batches, read_data
+from pathprune.cli.models import load_dense
+from pathprune.data.images import Images
+from pathprune.data.text import first_tokens, packed, tokenized
+from pathprune.model.outputs import real_tokens
+from pathprune.objectives.choose import get_objective, objective_name
+from pathprune.objectives.embedding import EmbeddingObjective
 from pathprune.reading import read_file
 from pathprune.serving import served
 
@@ -142,8 +145,8 @@ def test_padded_texts_are_as_the_tokenizer_pads_them(template: str, side: str) -
 def batches(model: Any, folder: Path, texts: list[str], prefix: str | None = None) -> list[dict[str, Any]]:
     """What the command line feeds."""
     (folder / "texts.txt").write_text("\n".join(texts))
-    given = cli._given(folder / "texts.txt", "text", "label", cli.ObjectiveName.auto, 0)
-    return list(cli._batches(model, str(folder), given, None, None, prefix))
+    given = read_data(folder / "texts.txt", "text", "label", "auto", 0)
+    return list(make_batches(model, str(folder), given, None, None, prefix))
 
 
 @pytest.mark.parametrize(("kind", "template"), [("T5", "$A </s>"), ("Bart", "<s> $A </s>")])
@@ -269,7 +272,7 @@ def encoder(folder: Path, decoder: bool, template: str, files: dict[str, Any]) -
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
-    return cli._load(str(folder), "cpu")
+    return load_dense(str(folder), "cpu")
 
 
 def modules(*names: str) -> list[dict[str, Any]]:

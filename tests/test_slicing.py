@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from conftest import Subject, run_model, snapshot, tiny_inputs, tiny_model
-from pathprune.budget import Selection
-from pathprune.discovery import find_pairs
+from pathprune.discovery.discover import find_pairs
 from pathprune.errors import MismatchError, UnsupportedModelError
-from pathprune.masks import masked
-from pathprune.shapes import Padding
-from pathprune.slicing import slice_model
+from pathprune.family.selection import Selection
+from pathprune.transform.masks import masked
+from pathprune.transform.modules import Padding
+from pathprune.transform.slicing import slice_model
 from strategies import CASES, selection_of
 
 

@@ -18,12 +18,13 @@ from transformers import TimmWrapperModel as Wrapper
 
 import pathprune
 from conftest import Python, randomise, snapshot
-from pathprune.discovery import find_pairs
+from pathprune.checkpoint.other_libraries import load_model
+from pathprune.checkpoint.save import save_model
+from pathprune.discovery.discover import find_pairs
 from pathprune.errors import ArtifactError, UnsupportedModelError
-from pathprune.hub import load_model, save_model
-from pathprune.masks import masked
-from pathprune.pairs import PairList
-from pathprune.slicing import slice_model
+from pathprune.family.pair_list import PairList
+from pathprune.transform.masks import masked
+from pathprune.transform.slicing import slice_model
 from strategies import CASES, selection_of
 
 timm = pytest.importorskip("timm")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from helpers import tiny_batches, tiny_bert
-from pathprune.compensation import gather
-from pathprune.data import Batches
+from pathprune.data.batches import Batches
 from pathprune.evaluation import fidelity
+from pathprune.ranking.covariance import gather
 
 
 def selection(model: nn.Module, keep: float = 0.5) -> pp.Selection:

@@ -8,8 +8,8 @@ import torch
 
 import pathprune as pp
 from baselines.problem import OneSize, Problem, mask_gradients, probes
-from pathprune.inclusion import adam_direction, adam_init
-from pathprune.objectives import Targets
+from pathprune.objectives.targets import Targets
+from pathprune.ranking.inclusion import adam_direction, adam_init
 
 LASSO_LR = 0.05  # chosen from 0.02 to 0.2
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.problem import OneSize, Problem
-from pathprune.shapes import HEADS, TOTALS, WIDTHS, attention_of, linear_map
+from pathprune.model.attention import HEADS, TOTALS, WIDTHS, attention_of
+from pathprune.model.linear import linear_map
 
 TRIES = 10  # of a pruning ratio, by bisection
 

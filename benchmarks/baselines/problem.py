@@ -1,6 +1,6 @@
 """What every method is given, and the few things that most of them need.
 
-A *score* is a tensor (G, U) for each pair, by name, in the notation of ``pathprune.pairs``; *flat* tensors hold the
+A *score* is a tensor (G, U) for each pair, by name, in the notation of ``family.pairs``; *flat* tensors hold the
 N units of all pairs in a row.
 """
 
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import pathprune as pp
-from pathprune.data import Batch
-from pathprune.masks import attach_masks
-from pathprune.objectives import Objective, Targets
-from pathprune.order import Unit
-from pathprune.outputs import samples
-from pathprune.pairs import Pair, Slot
-from pathprune.searching import SearchConfig
-from pathprune.shapes import linear_map
-from pathprune.slicing import axis_first
+from pathprune.data.batches import Batch
+from pathprune.family.order import Unit
+from pathprune.family.pairs import Pair, Slot
+from pathprune.model.linear import linear_map
+from pathprune.model.outputs import samples
+from pathprune.objectives.base import Objective
+from pathprune.objectives.targets import Targets
+from pathprune.ranking.config import SearchConfig
+from pathprune.transform.folding import axis_first
+from pathprune.transform.masks import attach_masks
 
 Scores = Mapping[str, Tensor]
 
@@ -153,7 +154,7 @@ def probes(problem: Problem, count: int | None = None) -> Tensor:
     """(samples, N), every sample's gradient of the objective's random probe in its masks, at the dense model.
 
     The objective's own gradient is zero there, because nothing has been removed. The probe's mean square is the
-    diagonal of the objective's Gauss-Newton matrix, its Fisher information (``pathprune.objectives``).
+    diagonal of the objective's Gauss-Newton matrix, its Fisher information (``pathprune.objectives.choose``).
 
     Args:
         count: batches; by default all, once. (On MiniLM, 100 passes over 40 batches ranked no better than 40.)

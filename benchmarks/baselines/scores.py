@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from baselines.problem import OneSize, Problem, by_unit, moments, probes, weights
-from pathprune.budget import Selection
-from pathprune.pairs import Pair
+from pathprune.family.pairs import Pair
+from pathprune.family.selection import Selection
 
 
 def random(problem: Problem) -> pp.SolutionPath:
@@ -196,7 +196,7 @@ def least_squares(problem: Problem) -> pp.SolutionPath:
     "CORP", 2026, arXiv 2602.05243).
 
     The score is the diagonal of the Fisher information, per parameter, which did better than activation energy, the
-    paper's kind of score. The solution is ours (``pathprune.compensation``), which weights tokens and has a ridge; CORP
+    paper's kind of score. The solution is ours (``reconstruction``), which weights tokens and has a ridge; CORP
     has one for the attention's logits, too, which ours has not.
     """
     path = problem.path(problem.per_cost(probes(problem).square().mean(0)))

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from pathprune import _moved
+from pathprune._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pathprune import data as data
     from pathprune import errors as errors
     from pathprune import evaluation as evaluation
-    from pathprune import hub as hub
     from pathprune import objectives as objectives
     from pathprune import report as report
-    from pathprune.budget import Budget as Budget
-    from pathprune.budget import Selection as Selection
-    from pathprune.compensation import compensate as compensate
-    from pathprune.discovery import find_pairs as find_pairs
+    from pathprune.checkpoint.load_slice import load_slice as load_slice
+    from pathprune.checkpoint.other_libraries import load_model as load_model
+    from pathprune.checkpoint.save import save_model as save_model
+    from pathprune.discovery.discover import find_pairs as find_pairs
     from pathprune.errors import ArtifactError as ArtifactError
     from pathprune.errors import BudgetError as BudgetError
     from pathprune.errors import DataError as DataError
@@ -25,60 +27,63 @@ if TYPE_CHECKING:
     from pathprune.errors import PathpruneError as PathpruneError
     from pathprune.errors import SettingError as SettingError
     from pathprune.errors import UnsupportedModelError as UnsupportedModelError
-    from pathprune.hub import load_model as load_model
-    from pathprune.hub import save_model as save_model
-    from pathprune.masks import masked as masked
-    from pathprune.pairs import Pair as Pair
-    from pathprune.pairs import PairList as PairList
-    from pathprune.pairs import Slot as Slot
-    from pathprune.partial import load_slice as load_slice
-    from pathprune.path import SolutionPath as SolutionPath
+    from pathprune.family.budget import Budget as Budget
+    from pathprune.family.pair_list import PairList as PairList
+    from pathprune.family.pairs import Pair as Pair
+    from pathprune.family.pairs import Slot as Slot
+    from pathprune.family.path import SolutionPath as SolutionPath
+    from pathprune.family.selection import Selection as Selection
+    from pathprune.ranking.covariance import compensate as compensate
+    from pathprune.ranking.run import search as search
     from pathprune.recovery import recover as recover
     from pathprune.recovery.nested import elastic as elastic
-    from pathprune.searching import search as search
-    from pathprune.slicing import slice_model as slice_model
-    from pathprune.sorting import sort_units as sort_units
+    from pathprune.transform.masks import masked as masked
+    from pathprune.transform.slicing import slice_model as slice_model
+    from pathprune.transform.sorting import sort_units as sort_units
 
-__version__ = "0.1.0"
 
 _HOME = {
     "ArtifactError": "errors",
-    "Budget": "budget",
+    "Budget": "family.budget",
     "BudgetError": "errors",
     "DataError": "errors",
     "MismatchError": "errors",
-    "Pair": "pairs",
-    "PairList": "pairs",
+    "Pair": "family.pairs",
+    "PairList": "family.pair_list",
     "PathpruneError": "errors",
-    "Selection": "budget",
+    "Selection": "family.selection",
     "SettingError": "errors",
-    "Slot": "pairs",
-    "SolutionPath": "path",
+    "Slot": "family.pairs",
+    "SolutionPath": "family.path",
     "UnsupportedModelError": "errors",
-    "compensate": "compensation",
+    "compensate": "ranking.covariance",
     "elastic": "recovery.nested",
-    "find_pairs": "discovery",
-    "load_model": "hub",
-    "load_slice": "partial",
-    "masked": "masks",
+    "find_pairs": "discovery.discover",
+    "load_model": "checkpoint.other_libraries",
+    "load_slice": "checkpoint.load_slice",
+    "masked": "transform.masks",
     "recover": "recovery",
-    "save_model": "hub",
-    "search": "searching",
-    "slice_model": "slicing",
-    "sort_units": "sorting",
+    "save_model": "checkpoint.save",
+    "search": "ranking.run",
+    "slice_model": "transform.slicing",
+    "sort_units": "transform.sorting",
 }
 
 __all__ = sorted(_HOME)
 
-_MODULES = ("data", "errors", "evaluation", "hub", "objectives", "report")  # of which users call more than is above
+_MODULES = ("data", "errors", "evaluation", "objectives", "report")  # of which users call more than is above
+
+_moved.install()
 
 # Sliced models load by plain `from_pretrained` once transformers knows us. Importing it here would
 # cost seconds, so it is told when it is imported, or at once if it already is.
-wrapt.register_post_import_hook(lambda module: import_module("pathprune.hub"), "transformers.quantizers.auto")
+wrapt.register_post_import_hook(lambda module: import_module("pathprune.checkpoint.hf"), "transformers.quantizers.auto")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        return import_module(f"pathprune.{name}")
+    if name in _moved.MOVED:
         return import_module(f"pathprune.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pathprune' has no attribute {name!r}")

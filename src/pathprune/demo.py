@@ -21,18 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathprune.artifact import write_text
-from pathprune.budget import Budget
-from pathprune.data import Batch, Batches, tokenized
+from pathprune.checkpoint.folders import check_free
+from pathprune.checkpoint.save import save_model
+from pathprune.data.batches import Batch, Batches
+from pathprune.data.text import tokenized
 from pathprune.errors import DataError
 from pathprune.evaluation import bytes_on_disk, family_record, fidelity, latency, member, peak_memory
-from pathprune.hub import check_free, save_model
-from pathprune.modes import evaluating, fast_bf16
-from pathprune.objectives import EmbeddingObjective, HiddenObjective, Targets
+from pathprune.family.budget import Budget
+from pathprune.family.files import write_text
+from pathprune.model.contexts import evaluating, fast_bf16
+from pathprune.objectives.embedding import EmbeddingObjective, HiddenObjective
+from pathprune.objectives.targets import Targets
+from pathprune.ranking.run import search
 from pathprune.recovery import recover
 from pathprune.report import model_card, write_report
-from pathprune.searching import search
-from pathprune.slicing import slice_model
+from pathprune.transform.slicing import slice_model
 
 KEEPS = (0.75, 0.5, 0.25)
 SEARCH_TOKENS = 48

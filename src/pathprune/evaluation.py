@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.budget import Selection
-from pathprune.data import Batches
+from pathprune.data.batches import Batches
 from pathprune.errors import SettingError
-from pathprune.modes import evaluating
-from pathprune.objectives import Objective, Targets, get_objective
-from pathprune.outputs import samples
-from pathprune.pairs import PairList
-from pathprune.path import library_versions
+from pathprune.family.pair_list import PairList
+from pathprune.family.selection import Selection
+from pathprune.model.contexts import evaluating
+from pathprune.model.outputs import samples
+from pathprune.objectives.base import Objective
+from pathprune.objectives.choose import get_objective
+from pathprune.objectives.targets import Targets
+from pathprune.versions import library_versions
 
 FORMAT = 1
 

@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from conftest import randomise
-from pathprune.discovery import find_pairs
-from pathprune.pairs import PairList
-from pathprune.proof import Float64
+from pathprune.discovery.discover import find_pairs
+from pathprune.discovery.proof import Float64
+from pathprune.family.pair_list import PairList
 from subjects import ROWS, SPECIAL_TOKENS, Inputs, Row, padding
 
 NEW_TOKENS = 6

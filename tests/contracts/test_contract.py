@@ -36,17 +36,18 @@ from building import (
     with_attention,
     without_cache,
 )
-from pathprune.budget import Budget, Selection
-from pathprune.compensation import compensators
-from pathprune.masks import attach_masks, masked
-from pathprune.modes import mixed
-from pathprune.order import UNITS, Unit
-from pathprune.pairs import Pair, Slot
-from pathprune.partial import load_slice
-from pathprune.path import SolutionPath
-from pathprune.recovery.distill import trainable
-from pathprune.slicing import slice_model
-from pathprune.sorting import rebased, sort_units
+from pathprune.checkpoint.load_slice import load_slice
+from pathprune.family.budget import Budget
+from pathprune.family.order import UNITS, Unit
+from pathprune.family.pairs import Pair, Slot
+from pathprune.family.path import SolutionPath
+from pathprune.family.selection import Selection
+from pathprune.model.contexts import mixed
+from pathprune.recovery.training import trainable
+from pathprune.transform.masks import attach_masks, masked
+from pathprune.transform.reconstruction import compensators
+from pathprune.transform.slicing import slice_model
+from pathprune.transform.sorting import rebased, sort_units
 from strategies import EXTREMES, selection_of
 from subjects import ROWS, Inputs, Row, padding
 

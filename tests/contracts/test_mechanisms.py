@@ -21,11 +21,11 @@ from torch import nn
 
 from building import Subject, build, gap, pairs_of, run, subject_of
 from conftest import randomise
-from pathprune.budget import Selection
 from pathprune.errors import MismatchError
-from pathprune.masks import masked
-from pathprune.pairs import PairList
-from pathprune.slicing import slice_model
+from pathprune.family.pair_list import PairList
+from pathprune.family.selection import Selection
+from pathprune.transform.masks import masked
+from pathprune.transform.slicing import slice_model
 from subjects import BERT, SEQ2SEQ, ids, padding
 
 EXACT = 1e-9

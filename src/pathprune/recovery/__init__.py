@@ -1,6 +1,6 @@
 """Give a sliced model back what slicing cost it, from unlabelled data and the dense model.
 
-What a closed form can give back, every size has from the start: ``pathprune.compensation``.
+What a closed form can give back, every size has from the start: ``pathprune.transform.reconstruction``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
-from pathprune.data import Batches
+from pathprune.data.batches import Batches
 from pathprune.errors import MismatchError
-from pathprune.modes import copied, evaluating
-from pathprune.objectives import Objective, Targets
-from pathprune.recovery.distill import Outcome as Outcome
-from pathprune.recovery.distill import distill, low_rank, trainable, warn_of_nothing
+from pathprune.model.contexts import copied, evaluating
+from pathprune.model.wrapped import check_bare
+from pathprune.objectives.base import Objective
+from pathprune.objectives.targets import Targets
 from pathprune.recovery.nested import elastic as elastic
-from pathprune.wrapped import check_bare
+from pathprune.recovery.training import Outcome as Outcome
+from pathprune.recovery.training import distill, low_rank, trainable, warn_of_nothing
 
 
 def recover(

@@ -12,10 +12,10 @@ from itertools import islice
 
 from torch import Tensor
 
-from pathprune.data import Batch, Batches
+from pathprune.data.batches import Batch, Batches
 from pathprune.errors import DataError
-from pathprune.objectives import Targets
-from pathprune.outputs import samples
+from pathprune.model.outputs import samples
+from pathprune.objectives.targets import Targets
 
 SHARE = 10  # one sample in so many is held back,
 LEAST = 16  # or so many, where that is at most one in

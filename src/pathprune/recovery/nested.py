@@ -1,8 +1,8 @@
 """Recover every size at once: one training run over shared weights, of which every size is a prefix.
 
-The dense model's units are sorted by importance (``pathprune.sorting``). A copy then learns to imitate the dense model
+The dense model's units are sorted by importance (``transform.sorting``). A copy then learns to imitate the dense model
 while it is masked as the family would ship it, at another size in each step. What it learns is what the parameters
-move by, the more the smaller the size (``pathprune.delta``): sizes want different learning rates, and the dense model
+move by, the more the smaller the size (``transform.delta``): sizes want different learning rates, and the dense model
 stays as it is. The fills and slopes of the path are trained beside it.
 
 (Training nested networks in one set of weights: slimmable networks, Yu et al., ICLR 2019; MatFormer, Devvrit et al.,
@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathprune.budget import Budget, Selection
-from pathprune.compensation import compensators
-from pathprune.data import Batches
-from pathprune.delta import moved
-from pathprune.dynamics import GOLDEN
+from pathprune.data.batches import Batches
 from pathprune.errors import SettingError
-from pathprune.masks import attach_masks
-from pathprune.modes import evaluating
-from pathprune.objectives import Objective, Targets
-from pathprune.path import Floats, SolutionPath
-from pathprune.recovery.distill import distill, trainable, warn_of_nothing
-from pathprune.sorting import rebased, sort_units
+from pathprune.family.budget import Budget
+from pathprune.family.path import SolutionPath
+from pathprune.family.selection import Selection
+from pathprune.model.contexts import evaluating
+from pathprune.objectives.base import Objective
+from pathprune.objectives.targets import Targets
+from pathprune.ranking.dynamics import GOLDEN
+from pathprune.recovery.training import distill, trainable, warn_of_nothing
+from pathprune.transform.delta import moved
+from pathprune.transform.masks import attach_masks
+from pathprune.transform.reconstruction import compensators
+from pathprune.transform.sorting import rebased, sort_units
+from pathprune.types import Floats
 
 MEASURED = (0.0625, 0.375, 0.6875)  # of the way from the smallest size to the dense model
 BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size

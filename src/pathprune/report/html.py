@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pathprune.artifact import write_text
 from pathprune.errors import PathpruneError
-from pathprune.path import SolutionPath
+from pathprune.family.files import write_text
+from pathprune.family.path import SolutionPath
 from pathprune.report import record
 
 

@@ -26,9 +26,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from pathprune.budget import Budget
-from pathprune.pairs import Pair
-from pathprune.path import SolutionPath
+from pathprune.family.budget import Budget
+from pathprune.family.pairs import Pair
+from pathprune.family.path import SolutionPath
 from pathprune.report.record import dense_member, layer_labels, milliseconds, recovered, smaller_members, speed_up
 
 BLUE, ORANGE, GREEN, VERMILLION, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pathprune.artifact import read_json
 from pathprune.errors import ArtifactError
+from pathprune.family.artifact import read_json
 
 FORMAT = 1
 

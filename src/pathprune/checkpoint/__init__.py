@@ -1,0 +1,1 @@
+"""Sliced models on disk, and back."""

@@ -1,0 +1,112 @@
+"""``pathprune search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathprune.cli.inputs import describe_batches, make_batches, read_data
+from pathprune.cli.models import check_model, load_dense
+from pathprune.cli.options import (
+    BatchOpt,
+    Bf16Opt,
+    DataOpt,
+    DeviceOpt,
+    DynamicsOpt,
+    FieldOpt,
+    JsonOpt,
+    LabelFieldOpt,
+    LengthOpt,
+    MaxBadOpt,
+    ModelArg,
+    ObjectiveOpt,
+    OverwriteOpt,
+    PrefixOpt,
+    SeedOpt,
+    UnitOpt,
+    check_fraction,
+)
+from pathprune.cli.output import note_stale_members, print_json, say, shell_word
+from pathprune.errors import PathpruneError
+
+
+def search(
+    model: ModelArg,
+    data: DataOpt,
+    out: Annotated[Path, typer.Option(help="Folder for the solution path and its checkpoints.")],
+    objective: ObjectiveOpt = "auto",
+    dynamics: DynamicsOpt = "sampled",
+    steps: Annotated[int, typer.Option(min=3, help="Forward-backward passes.")] = 400,
+    unit: UnitOpt = "mixed",
+    multiple: Annotated[int, typer.Option(min=1, max=2**20, help="Keep widths at multiples of this.")] = 8,
+    lowest: Annotated[
+        float, typer.Option(help="Smallest fraction of the prunable parameters to try; the search goes to larger ones.")
+    ] = 0.1,
+    compensate: Annotated[
+        bool, typer.Option(help="Tell what leaves from what stays; without, less memory and worse models.")
+    ] = True,
+    batch_size: BatchOpt = None,
+    max_length: LengthOpt = None,
+    field: FieldOpt = "text",
+    prefix: PrefixOpt = None,
+    label_field: LabelFieldOpt = "label",
+    max_bad: MaxBadOpt = 10,
+    seed: SeedOpt = 0,
+    bf16: Bf16Opt = False,
+    device: DeviceOpt = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find the solution path: one run that ranks every unit of the model."""
+    check_fraction("--lowest", lowest)
+    if resume and overwrite:
+        raise PathpruneError("--resume goes on with the search in --out, --overwrite begins anew; give one of them")
+    if resume and not any((out / name).exists() for name in ("checkpoint.json", "path.json")):
+        raise PathpruneError(f"--resume: {out} holds no search to go on with; leave it out to begin one")
+    check_model(model)
+    given = read_data(data, field, label_field, objective, max_bad)
+    from pathprune.ranking.checkpoint import RESUMING, held_search
+    from pathprune.ranking.run import search as run
+
+    held = held_search(out)
+    if held and not (resume or overwrite):
+        raise PathpruneError(
+            f"{out} holds {held}; --resume to {RESUMING[held]}, --overwrite to search anew in its place, or choose "
+            "another --out"
+        )
+    if overwrite:
+        note_stale_members(out)
+    dense = load_dense(model, device)
+    batches = make_batches(dense, model, given, batch_size, max_length, prefix)
+    say(f"search: {steps} steps over {describe_batches(batches)}")
+    try:
+        path = run(
+            dense,
+            batches,
+            objective=objective,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            progress=True,
+            dynamics=dynamics,
+            steps=steps,
+            seed=seed,
+            unit=unit,
+            multiple=multiple,
+            lowest_level=lowest,
+            compensate=compensate,
+            bf16=bf16,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What is done is in {out}; the same command with --resume goes on from there.", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(out=str(out), pairs=len(path.pairs), prunable_params=path.pairs.prunable_params, config=path.config)
+        return
+    typer.echo(f"The path of {len(path.pairs)} pairs is in {out}.")
+    typer.echo(
+        f"Next: pathprune slice {shell_word(out)} {shell_word(model)} --keep 0.5 --out {shell_word(out / 'keep-50')}"
+    )

@@ -1,0 +1,1 @@
+"""Pairs of linear maps, found by what a model computes, and proved."""

@@ -1,0 +1,326 @@
+"""SolutionPath: the ranking that a search found, as an object and as an artifact on disk."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pathprune.errors import ArtifactError, MismatchError, SettingError
+from pathprune.family.artifact import read_artifact, write_artifact
+from pathprune.family.budget import Budget
+from pathprune.family.checks import CHECKS, check_array, check_invertible, checks
+from pathprune.family.costs import Family
+from pathprune.family.order import Order, Unit, check_widths, removal_order
+from pathprune.family.pair_list import PairList
+from pathprune.family.pairs import whole
+from pathprune.family.selection import Selection, same
+from pathprune.family.serialise import base_to_json, pair_to_json, pairs_from_json
+from pathprune.family.trajectory import Trajectory
+from pathprune.types import Floats
+from pathprune.versions import library_versions
+
+FORMAT = 1
+
+
+# Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size
+# do without the weights of the units that it lacks, to the last place.
+ARRAYS = {
+    "ranking": "f4",
+    "fill": "f4",
+    "basis": "f4",
+    "slope": "f4",
+    "output": "f4",
+    "centre": "f4",
+    "covariance": "f4",
+    "delta": "f2",
+    "fill_sum": "f8",
+    "normal": "f8",
+    "delta_sum": "f8",
+    "delta_normal": "f8",
+}
+
+
+# Of a sorted path, these are read by parts (``pathprune.checkpoint.load_slice``): ``checks`` lets a part be checked.
+LARGE = ("covariance", "normal", "delta", "delta_normal")
+
+
+@dataclass(frozen=True, eq=False)
+class SolutionPath:
+    """A ranking of every unit, and with it a model of every size.
+
+    Args:
+        pairs: the pairs of the base model.
+        ranking: pair name -> (G, U); a unit with a larger number stays longer.
+        unit: what an attention layer may lose (``pathprune.family.order.removal_order``).
+        multiple: widths stay multiples of this many units.
+        seq_len: sequence length, in tokens, at which MACs are counted.
+        fill: pair name -> (G, D), see ``Selection``.
+        basis: pair name -> (G, D, D), see ``Selection``.
+        slope: pair name -> (G, U); where a fraction r of the prunable parameters is kept, the ``Selection``'s
+            scale is 1 + (1 - r) slope.
+        output: pair name -> (2, d), g and s; there, what the consumer of a pair that loses units puts out is multiplied
+            by 1 + (1 - r) g, and (1 - r) s is added.
+        fill_sum: pair name -> (d,), what the consumer makes of the fill of all units; a sorted path has it
+            (``transform.sorting``), so that a size can be loaded without the weights of the units that it lacks.
+        normal: pair name -> (N, d), the covariance times the consumer's weight, for the same; where there is one.
+        delta: parameter name -> array of its shape, what ``elastic`` has trained; see ``Selection``.
+        delta_sum, delta_normal: ``fill_sum`` and ``normal`` of the consumer's delta.
+        centre, covariance: pair name -> (N,) and (N, N), see ``Selection``. They are most of the path's bytes,
+            about as many as the model's; without them (``centre={}, covariance={}``), every size is worse.
+        trajectory: what the search did.
+        config: how the search was set up; empty for a ranking from elsewhere.
+        versions: of the libraries that made the path.
+    """
+
+    pairs: PairList
+    ranking: dict[str, Floats]
+    unit: Unit = "mixed"
+    multiple: int = 1
+    seq_len: int = 128
+    fill: dict[str, Floats] = field(default_factory=dict)
+    basis: dict[str, Floats] = field(default_factory=dict)
+    slope: dict[str, Floats] = field(default_factory=dict)
+    output: dict[str, Floats] = field(default_factory=dict)
+    centre: dict[str, Floats] = field(default_factory=dict)
+    covariance: dict[str, Floats] = field(default_factory=dict)
+    fill_sum: dict[str, Floats] = field(default_factory=dict)
+    normal: dict[str, Floats] = field(default_factory=dict)
+    delta: dict[str, Floats] = field(default_factory=dict)
+    delta_sum: dict[str, Floats] = field(default_factory=dict)
+    delta_normal: dict[str, Floats] = field(default_factory=dict)
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_widths(self.unit, self.multiple)
+        if not whole(self.seq_len):
+            raise SettingError(f"seq_len={self.seq_len!r} must be at least 1, and an integer below 2**31")
+        if not isinstance(self.config, dict) or not isinstance(self.versions, dict):
+            raise SettingError("config and versions must be dicts")
+        names = {pair.name for pair in self.pairs}
+        if len(names) < len(self.pairs):
+            raise MismatchError("two pairs have the same name")
+        for part, dtype in ARRAYS.items():  # as it will be on disk, so that saving changes no family
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                arrays = {name: np.asarray(array, dtype=dtype) for name, array in getattr(self, part).items()}
+            object.__setattr__(self, part, arrays)
+        if set(self.ranking) != names:
+            raise MismatchError(
+                f"the ranking does not name the model's pairs: missing {sorted(names - set(self.ranking))[:3]}, "
+                f"unknown {sorted(set(self.ranking) - names)[:3]}"
+            )
+        fillable = {pair.name for pair in self.pairs if pair.fillable}
+        rotatable = {pair.name for pair in self.pairs if pair.rotatable}
+        scalable = {pair.name for pair in self.pairs if pair.scalable}
+        if wrong := sorted(
+            ((set(self.fill) | set(self.fill_sum)) - fillable)
+            | (set(self.basis) - rotatable)
+            | (set(self.slope) - scalable),
+        ):
+            raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
+        if wrong := sorted(set(self.output) - {p.name for p in self.pairs if p.adjustable and p.name in self.fill}):
+            raise MismatchError(f"an output for {wrong[0]}, which has no fill or shares its consumer, or is no pair")
+        if not set(self.centre) == set(self.covariance) <= set(self.fill):
+            raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
+        if not set(self.normal) <= set(self.covariance):
+            raise MismatchError("a sorted path's covariances may not be left out: leave them out, and sort it again")
+        if not (set(self.delta_sum) <= set(self.fill_sum) and set(self.delta_normal) <= set(self.normal)):
+            raise MismatchError("delta_sum and delta_normal go with fill_sum and normal")
+        for name, array in self.delta.items():
+            check_array(f"delta of {name}", array, array.shape)
+        for pair in self.pairs:
+            check_array(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
+            if pair.name in self.fill:
+                check_array(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
+            if pair.name in self.basis:
+                check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
+                check_invertible(f"basis of {pair.name}", self.basis[pair.name])
+            if pair.name in self.slope:
+                check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
+            if pair.name in self.output:
+                check_array(f"output of {pair.name}", self.output[pair.name], (2, pair.consumer.size))
+            if pair.name in self.centre:
+                inner = (pair.groups * pair.consumer.repeat * pair.width,)
+                check_array(f"centre of {pair.name}", self.centre[pair.name], inner)
+                check_array(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
+            for part in ("fill_sum", "delta_sum"):
+                if pair.name in getattr(self, part):
+                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], (pair.consumer.size,))
+            for part in ("normal", "delta_normal"):
+                if pair.name in getattr(self, part):
+                    shape = (*self.centre[pair.name].shape, pair.consumer.size)
+                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], shape)
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) if isinstance(other, SolutionPath) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.pairs.base, tuple(self.pairs), self.unit, self.multiple, self.seq_len))
+
+    @classmethod
+    def from_scores(
+        cls,
+        pairs: PairList,
+        scores: Mapping[str, Any],
+        *,
+        unit: Unit = "mixed",
+        multiple: int = 1,
+        seq_len: int = 128,
+    ) -> SolutionPath:
+        """A path from any ranking: a baseline's, or your own.
+
+        Args:
+            pairs: from ``find_pairs``.
+            scores: pair name -> tensor or array of ``pair.shape``; larger stays longer. Scores of
+                all pairs are compared as they are: divide by ``pair.unit_params`` to rank by
+                gain per parameter.
+            unit, multiple, seq_len: see ``SolutionPath``.
+
+        Raises:
+            MismatchError: names or shapes are not those of the pairs, or a score is not finite.
+            SettingError: ``unit``, ``multiple`` or ``seq_len`` is out of range.
+        """
+        ranking = {
+            name: np.asarray(score.detach().cpu().float() if hasattr(score, "detach") else score, dtype=np.float32)
+            for name, score in scores.items()
+        }
+        return cls(pairs, ranking, unit=unit, multiple=multiple, seq_len=seq_len, versions=library_versions())
+
+    @cached_property
+    def order(self) -> Order:
+        """The family, as a sequence of removals."""
+        return removal_order(self.pairs, self.ranking, unit=self.unit, multiple=self.multiple)
+
+    def family(self, itemsize: int | None = None) -> Family:
+        """All sizes, as costs see them.
+
+        Args:
+            itemsize: bytes of a weight as it will be saved; by default those of the model that was searched.
+        """
+        return Family(self.pairs, self.order, self.seq_len, frozenset(self.fill), itemsize)
+
+    def select(self, budget: Budget, *, itemsize: int | None = None) -> Selection:
+        """The largest architecture within ``budget``.
+
+        The budget is never exceeded, and the selection falls short of it by less than the cost of the next removal on
+        the path. Selections of one path are nested, whatever their budgets.
+
+        Args:
+            itemsize: bytes of a weight as it will be saved, for ``Budget(bytes=...)``; by default those of the model
+                that was searched.
+
+        Raises:
+            BudgetError: even the path's smallest architecture is larger, or the dense model is smaller than an
+                absolute budget (naming a larger number is taken for a slip).
+        """
+        removals = budget.removals(self.family(itemsize))
+        keep = self.order.keep(removals)
+        params = {pair.name: pair.unit_params for pair in self.pairs}
+        kept = sum(int(mask.sum()) * params[name] for name, mask in keep.items())
+        gone = 1 - kept / self.pairs.prunable_params
+        return Selection(
+            self.pairs,
+            keep,
+            budget,
+            removals,
+            self.seq_len,
+            self.fill,
+            self.basis,
+            scale={name: 1 + gone * slope for name, slope in self.slope.items()},
+            output={
+                name: np.stack([1 + gone * gain, gone * shift])
+                for name, (gain, shift) in self.output.items()
+                if not keep[name].all()
+            },
+            centre=self.centre,
+            covariance=self.covariance,
+            delta=self.delta,
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``path.json`` and its tensors into ``folder``, replacing a path that is there.
+
+        Raises:
+            ArtifactError: the folder cannot be written; what was there is unchanged.
+        """
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for part in ARRAYS:
+            for name, array in getattr(self, part).items():
+                tensors[f"{part}/{name}"] = array
+        for name in ("loss", "level", "gamma_l1"):
+            tensors[f"trajectory/{name}"] = np.asarray(getattr(self.trajectory, name), dtype=np.float32)
+        if self.fill_sum:
+            tensors |= checks({name: array for name, array in tensors.items() if name.partition("/")[0] in LARGE})
+        meta = {
+            "format": FORMAT,
+            "base": base_to_json(self.pairs.base),
+            "pairs": [pair_to_json(pair) for pair in self.pairs],
+            "refused": self.pairs.refused,
+            "unit": self.unit,
+            "multiple": self.multiple,
+            "seq_len": self.seq_len,
+            "config": self.config,
+            "versions": self.versions,
+            "checksums": {
+                name: zlib.crc32(array.tobytes())
+                for name, array in sorted(tensors.items())
+                if name.partition("/")[0] not in LARGE
+            },
+        }
+        write_artifact(folder, "path", meta, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SolutionPath:
+        """Read a path; the model is not needed.
+
+        Raises:
+            ArtifactError: missing, truncated or malformed.
+        """
+        return cls.from_artifact(folder, *read_artifact(folder, "path", FORMAT))
+
+    @classmethod
+    def from_artifact(
+        cls, folder: str | os.PathLike[str], meta: Mapping[str, Any], tensors: Mapping[str, Floats]
+    ) -> SolutionPath:
+        """The path of what was read from ``folder``.
+
+        Raises:
+            ArtifactError: malformed.
+        """
+        parts: dict[str, dict[str, Floats]] = {part: {} for part in (*ARRAYS, "trajectory")}
+        try:
+            for key, array in tensors.items():
+                part, _, name = key.partition("/")
+                if part in CHECKS:
+                    continue
+                if array.dtype.kind != "f":
+                    raise ValueError(f"{key} holds {array.dtype}, not floating-point numbers")
+                parts[part][name] = array
+            trajectory = Trajectory(**parts["trajectory"])
+            shapes = [array.shape for array in (trajectory.loss, trajectory.level, trajectory.gamma_l1)]
+            steps, of = max(map(len, (trajectory.loss, trajectory.level, trajectory.gamma_l1))), len(meta["pairs"])
+            if {*shapes[:2]} - {(0,), (steps,)} or shapes[2] not in ((0, 0), (steps, of)):
+                raise ValueError(f"its trajectory has arrays of the shapes {shapes}")
+            return cls(
+                pairs_from_json(meta["pairs"], meta["base"], meta["refused"]),
+                parts["ranking"],
+                unit=meta["unit"],
+                multiple=meta["multiple"],
+                seq_len=meta["seq_len"],
+                **{part: parts[part] for part in ARRAYS if part != "ranking"},
+                trajectory=trajectory,
+                config=meta["config"],
+                versions=meta["versions"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, MismatchError) as error:
+            raise ArtifactError(
+                f"{folder}/path.json is not a valid path: {error!r}. Copy it again, or search again"
+            ) from error

@@ -1,0 +1,1 @@
+"""Any torch model, as the rest of the package sees it."""

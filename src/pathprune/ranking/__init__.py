@@ -1,0 +1,1 @@
+"""The search that ranks the units of a model."""

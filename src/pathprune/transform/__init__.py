@@ -1,0 +1,1 @@
+"""A selection applied to a model: masks, slices, reconstruction."""
