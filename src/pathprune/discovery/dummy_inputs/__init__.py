@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.discovery.dummy_inputs.audio import RECORDINGS, frequencies
-from pathprune.discovery.dummy_inputs.builder import SIDE, WORDS, DoesNotApply, Inputs, InputBuilder, parameters, two
+from pathprune.discovery.dummy_inputs.builder import SIDE, WORDS, DoesNotApply, InputBuilder, Inputs, parameters, two
 from pathprune.discovery.dummy_inputs.images import PICTURES
 from pathprune.discovery.dummy_inputs.others import ALWAYS, NEEDED, OTHERS, embedded, remembered
 from pathprune.errors import UnsupportedModelError
@@ -84,7 +84,9 @@ def _candidates(builder: InputBuilder) -> Iterator[Inputs]:
     words = [None] + (["last", "batch"] if builder.books() else [])
     extra = [None, *(name for name in ("encoder_hidden_states", "inputs_embeds") if name in builder.parameters)]
     for stage, builder.with_text, builder.extra, builder.codebooks in product(stages, texts, extra, words):
-        for (builder.side, builder.words), builder.masked, builder.bins in product(((SIDE, WORDS), (224, 64)), masks, bins):
+        for (builder.side, builder.words), builder.masked, builder.bins in product(
+            ((SIDE, WORDS), (224, 64)), masks, bins
+        ):
             for picture, recording in stage:
                 try:
                     inputs = _build(builder, picture, recording)

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from pathprune.discovery.dummy_inputs.builder import FRAMES, SOUND, DoesNotApply, Inputs, InputBuilder
+from pathprune.discovery.dummy_inputs.builder import FRAMES, SOUND, DoesNotApply, InputBuilder, Inputs
 
 
 def frequencies(builder: InputBuilder) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pathprune.discovery.dummy_inputs.builder import VISION, DoesNotApply, Inputs, InputBuilder, two
+from pathprune.discovery.dummy_inputs.builder import VISION, DoesNotApply, InputBuilder, Inputs, two
 
 GRID = 4  # patches along a side of a picture that comes as patches
 
@@ -60,7 +60,9 @@ def _patch_row(builder: InputBuilder) -> Inputs:
     inputs: Inputs = {}
     if name == "flattened_patches":  # Pix2Struct: row and column, counted from 1, before the pixels
         rows = torch.cartesian_prod(torch.arange(1.0, side + 1), torch.arange(1.0, side + 1)).to(builder.noise(1))
-        return {name: torch.cat([rows.expand(builder.batch, -1, -1), builder.noise(builder.batch, count, flat)], dim=-1)}
+        return {
+            name: torch.cat([rows.expand(builder.batch, -1, -1), builder.noise(builder.batch, count, flat)], dim=-1)
+        }
     if "spatial_shapes" in builder.parameters:
         inputs["spatial_shapes"] = torch.tensor([[side, side]] * builder.batch, device=builder.device)
         if "pixel_attention_mask" in builder.parameters:
@@ -117,7 +119,9 @@ def _strip(builder: InputBuilder) -> Inputs:
 
 def _pairs_of_pictures(builder: InputBuilder) -> Inputs:
     """Two pictures to match: (batch, 2, channels, height, width)."""
-    return {builder.picture_name() or "pixel_values": builder.noise(builder.batch, 2, builder.channels(), *builder.size())}
+    return {
+        builder.picture_name() or "pixel_values": builder.noise(builder.batch, 2, builder.channels(), *builder.size())
+    }
 
 
 def _picture(builder: InputBuilder) -> Inputs:
@@ -149,7 +153,11 @@ def _loose_frames(builder: InputBuilder) -> Inputs:
     frames = builder.entry("num_frames", near=VISION)
     if not isinstance(frames, int):
         raise DoesNotApply
-    return {builder.picture_name() or "pixel_values": builder.noise(builder.batch * frames, builder.channels(), *builder.size())}
+    return {
+        builder.picture_name() or "pixel_values": builder.noise(
+            builder.batch * frames, builder.channels(), *builder.size()
+        )
+    }
 
 
 def _grid_patches_in_a_batch(builder: InputBuilder) -> Inputs:

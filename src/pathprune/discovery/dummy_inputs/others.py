@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathprune.discovery.dummy_inputs.builder import FRAMES, Inputs, InputBuilder, two
+from pathprune.discovery.dummy_inputs.builder import FRAMES, InputBuilder, Inputs, two
 
 
 def _series(builder: InputBuilder) -> Inputs:
@@ -16,7 +16,10 @@ def _series(builder: InputBuilder) -> Inputs:
     steps = builder.entry("context_length", default=16)
     lags = builder.entry("lags_sequence")
     if lags is None and "past_values_padding" in builder.parameters:
-        inputs = {"past_values": builder.noise(batch, 4 * patch), "past_values_padding": builder.full(0, batch, 4 * patch)}
+        inputs = {
+            "past_values": builder.noise(batch, 4 * patch),
+            "past_values_padding": builder.full(0, batch, 4 * patch),
+        }
         return inputs | ({"freq": builder.full(0, batch, 1)} if "freq" in builder.parameters else {})
     if lags is None:
         return {"past_values": builder.noise(batch, steps, builder.entry("num_input_channels", default=1))}
