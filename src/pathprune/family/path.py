@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -112,7 +112,7 @@ class SolutionPath:
         unit: Unit = "mixed",
         multiple: int = 1,
         seq_len: int = 128,
-    ) -> SolutionPath:
+    ) -> Self:
         """A path from any ranking: a baseline's, or your own.
 
         Args:
@@ -201,7 +201,7 @@ class SolutionPath:
         write_artifact(folder, "path", meta, tensors)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> SolutionPath:
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read a path; the model is not needed.
 
         Raises:
@@ -212,7 +212,7 @@ class SolutionPath:
     @classmethod
     def from_artifact(
         cls, folder: str | os.PathLike[str], meta: Mapping[str, Any], tensors: Mapping[str, Floats]
-    ) -> SolutionPath:
+    ) -> Self:
         """The path of what was read from ``folder``.
 
         Raises:
