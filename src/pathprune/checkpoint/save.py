@@ -78,7 +78,7 @@ def save_model(
         >>> loaded.num_parameters() == small.num_parameters() < model.num_parameters()
         True
     """
-    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
+    recorded: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if standalone and not isinstance(recorded, PathpruneConfig):
         raise UnsupportedModelError(
             f"standalone=True is for sliced models of transformers; the {type(model).__name__} is none"

@@ -55,6 +55,14 @@ class SolutionPath:
         trajectory: what the search did.
         config: how the search was set up; empty for a ranking from elsewhere.
         versions: of the libraries that made the path.
+
+    Example:
+        >>> path.save(folder / "run")
+        >>> again = pp.SolutionPath.load(folder / "run")  # neither torch nor the model is needed
+        >>> again == path
+        True
+        >>> again.select(pp.Budget(params=0.8)).params <= 0.8 * path.pairs.base.params
+        True
     """
 
     pairs: PairList

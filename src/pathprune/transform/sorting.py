@@ -36,6 +36,11 @@ def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, Solutio
 
     Raises:
         MismatchError: the path belongs to another model.
+
+    Example:
+        >>> ordered, sorted_path = pp.sort_units(model, path)
+        >>> torch.allclose(ordered(**batches[0])[0], model(**batches[0])[0], atol=1e-4)
+        True
     """
     check_base(model, path.pairs)
     if path.delta:  # which ``elastic`` has found, in sorted units
