@@ -33,7 +33,9 @@ def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]
     """A search step over one forward plus one activation-only backward pass of the dense model, same batch."""
     objective = EmbeddingObjective()
     pairs = pp.find_pairs(model)
-    fresh, known, dense = [], [], []
+    fresh: list[float] = []
+    known: list[float] = []
+    dense: list[float] = []
     with _frozen(model):
         config = SearchConfig(steps=10 * rounds).suited(objective, batches[0])
         run = _Run(model, pairs, Batches(model, batches), objective, config, None, False)

@@ -172,6 +172,9 @@ class Bench:
         return {"seed": seed, "commit": COMMIT, **measure(METHODS[name], self.problem(seed), self.subject)}
 
 
+BENCH: Bench  # set by ``begin``
+
+
 def begin(args: argparse.Namespace) -> None:
     """In each process of a pool."""
     global BENCH

@@ -68,7 +68,7 @@ def test_a_layout_for_one_call(plugin: Any) -> None:
 def test_an_objective_that_a_program_registers(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OBJECTIVES, "_values", dict(OBJECTIVES._values))
 
-    class First(plugin.FirstToken):  # type: ignore[name-defined]
+    class First(plugin.FirstToken):  # type: ignore[misc]
         name = "first"
 
         def target(self, outputs: Any, batch: Any) -> Any:
