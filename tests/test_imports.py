@@ -23,7 +23,7 @@ FLOORS = [
     {"model", "report"},
     {"transform", "data", "objectives"},
     {"discovery", "checkpoint", "evaluation"},
-    {"ranking"},
+    {"ranking", "export"},
     {"recovery"},
     {"cli", "demo"},
 ]
