@@ -12,10 +12,10 @@ from hypothesis import given
 
 import pathprune as pp
 from conftest import Subject, run_model, snapshot, tiny_model
-from pathprune.family.order import UNITS
+from pathprune.family.order import UNITS, UnitOrder
 from pathprune.family.pairs import Pair
 from pathprune.family.path import SolutionPath
-from pathprune.transform.sorting import UnitOrder, sorted_path, unit_orders
+from pathprune.transform.sorting import sorted_path, unit_orders
 from strategies import moments, paths
 
 

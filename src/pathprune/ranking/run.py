@@ -19,8 +19,9 @@ from pathprune.data.batches import Batches
 from pathprune.data.checks import check_finite
 from pathprune.discovery.discover import find_pairs
 from pathprune.errors import ArtifactError, SettingError
-from pathprune.family.artifact import named_folder, read_artifact, write_artifact
+from pathprune.family.artifact import from_tensors, named_folder, read_artifact, to_tensors, write_artifact
 from pathprune.family.budget import Budget
+from pathprune.family.learned import LEARNED, at_sparsity
 from pathprune.family.pair_list import PairList
 from pathprune.family.path import SolutionPath
 from pathprune.family.serialise import base_to_json
@@ -209,8 +210,7 @@ class _Run:
                     seen=self.targets.remember,
                 )
             if self.out is not None:
-                tensors = {f"centre/{name}": array for name, array in self.centre.items()}
-                tensors |= {f"covariance/{name}": array for name, array in self.covariance.items()}
+                tensors = to_tensors({"centre": self.centre, "covariance": self.covariance})
                 write_artifact(self.out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
         kind = DYNAMICS[config.dynamics]
         probes = torch.zeros(1, sum(self.sizes))
@@ -308,10 +308,10 @@ class _Run:
         mask = self.join({pair.name: torch.from_numpy(selection.mask(pair)) for pair in self.pairs}).float()
         keeps = {pair: selection.keep[pair.name] for pair in self.pairs}
         scaled = {pair.name: torch.from_numpy(keep & pair.scalable & ~keep.all()) for pair, keep in keeps.items()}
-        room = (1 - selection.fraction) * self.join(scaled).float()
+        room = selection.sparsity * self.join(scaled).float()
         value = path.order.value
         edge = float(value[min(selection.removals, len(value) - 1)])
-        return Visited(mask, room, edge, 1 - selection.fraction)
+        return Visited(mask, room, edge, selection.sparsity)
 
     def path(self, ranking: Tensor, slope: Tensor, **rest: Any) -> SolutionPath:
         scalable = {pair.name for pair in self.pairs if pair.scalable}
@@ -384,10 +384,10 @@ class _Run:
     def _outputs(self, flat: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Pair name -> (2, d), as the size with this mask has it."""
         thinned = {name for name, part in self.split(mask).items() if not part.all()}
-        gone = self.driver.gone
+        dense = torch.tensor(LEARNED["output"].dense).to(flat)
         return {
-            name: torch.stack([1 + gone * gain, gone * shift])
-            for name, (gain, shift) in self._output(flat).items()
+            name: at_sparsity(dense, part, self.driver.gone)
+            for name, part in self._output(flat).items()
             if name in thinned
         }
 
@@ -403,11 +403,9 @@ class _Run:
         if self.out is None:
             return
         done, state = self.complete
-        tensors = {f"state/{name}": tensor.numpy() for name, tensor in state.items()}
-        for part, arrays in asdict(self.found).items():
-            tensors |= {f"{part}/{name}": array for name, array in arrays.items()}
-        tensors |= {f"trajectory/{name}": array for name, array in asdict(self._trajectory()).items()}
-        write_artifact(self.out, "checkpoint", self._meta(done), tensors)
+        parts = {"state": {name: tensor.numpy() for name, tensor in state.items()}, **asdict(self.found)}
+        parts["trajectory"] = asdict(self._trajectory())
+        write_artifact(self.out, "checkpoint", self._meta(done), to_tensors(parts))
 
     def _meta(self, step: int | None) -> dict[str, Any]:
         """What a checkpoint is of; ``None`` before the first update."""
@@ -425,13 +423,10 @@ class _Run:
             return
         if self.config.compensates:
             tensors |= read_artifact(self.out, "statistics", CHECKPOINT_FORMAT)[1]
-        names = ("state", "basis", "mean", "std", "out", "centre", "covariance", "trajectory")
-        parts: dict[str, dict[str, Any]] = {name: {} for name in names}
+        calibrated = [field.name for field in fields(Calibration)]
         try:
-            for key, array in tensors.items():
-                part, _, name = key.partition("/")
-                parts[part][name] = array
-            self.found = Calibration(parts["basis"], parts["mean"], parts["std"], parts["out"])
+            parts = from_tensors(tensors, ("state", *calibrated, "centre", "covariance", "trajectory"))
+            self.found = Calibration(**{name: parts[name] for name in calibrated})
             self.centre, self.covariance = parts["centre"], parts["covariance"]
             self.driver = self._driver({name: torch.from_numpy(array) for name, array in parts["state"].items()})
             step = int(meta["step"])
