@@ -118,8 +118,8 @@ def test_what_cannot_stand_alone_is_refused_before_anything_is_written(tmp_path:
     class Mine(BertModel):
         pass
 
-    settings: dict[str, Any] = {"num_attention_heads": 3, "max_position_embeddings": 16}
-    model = Mine(BertConfig(**make.COMMON, **settings)).eval()
+    settings: dict[str, Any] = {**make.COMMON, "num_attention_heads": 3, "max_position_embeddings": 16}
+    model = Mine(BertConfig(**settings)).eval()
     with pytest.raises(UnsupportedModelError, match=r"standalone=True is for sliced models .* the Mine is none"):
         pp.save_model(model, tmp_path / "small", standalone=True)
     pairs = pp.find_pairs(model)
