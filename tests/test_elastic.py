@@ -23,7 +23,7 @@ from pathprune.evaluation import fidelity
 from pathprune.family.path import SolutionPath
 from pathprune.objectives.embedding import HiddenObjective
 from pathprune.objectives.targets import Targets
-from pathprune.recovery.nested import _Sizes
+from pathprune.recovery.nested import Sizes
 from pathprune.transform.sorting import rebased
 from pathprune.types import Floats
 from test_sorting import path_of
@@ -66,7 +66,7 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
 def test_what_is_trained_is_what_ships(subject: Subject) -> None:
     """The masks and fills of a step are those of the size that the path gives in the end."""
     path = replace(path_of(subject), basis={})
-    sizes = _Sizes(path, 0.3, torch.device("cpu"))
+    sizes = Sizes(path, 0.3, torch.device("cpu"))
     with torch.no_grad():
         for tensor in (*sizes.slope.values(), *sizes.shift.values()):
             tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))

@@ -90,7 +90,7 @@ def elastic(
         raise SettingError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
     ordered, path = sort_units(model, path)
-    student, sizes = _Student(ordered, path), _Sizes(path, lowest, batches.device)
+    student, sizes = _Student(ordered, path), Sizes(path, lowest, batches.device)
 
     def visit(step: int) -> None:
         student.sparsity = sizes.visit(step).sparsity
@@ -177,7 +177,7 @@ class _Student(nn.Module):
         return {name: delta.detach().cpu().numpy() for name, delta in zip(self.of, self.deltas, strict=True)}
 
 
-class _Sizes:
+class Sizes:
     """The mask of the size that a step visits, and what is trained of it.
 
     Attributes:
