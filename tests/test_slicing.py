@@ -79,6 +79,22 @@ def test_the_model_is_untouched_and_shares_nothing(subject: Subject) -> None:
     assert snapshot(subject.model) == before
 
 
+def test_what_goes_is_not_copied() -> None:
+    """At its peak, slicing takes little more memory than the small model, also where every parameter has a delta."""
+    model = tiny_model("bert", hidden_size=96, intermediate_size=384, num_hidden_layers=6)
+    selection = selection_of(find_pairs(model), "half of a path")
+    deltas = {name: np.ones(parameter.shape, np.float16) for name, parameter in model.named_parameters()}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        small = slice_model(model, replace(selection, delta=deltas))
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = int(np.cumsum(changes).max())
+    weights = sum(parameter.nbytes for parameter in small.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert weights <= peak < weights + 6 * largest < weights + 0.5 * sum(p.nbytes for p in model.parameters())
+    name, at = "bert.embeddings.word_embeddings.weight", selection.sparsity
+    torch.testing.assert_close(small.get_parameter(name), model.get_parameter(name) + at)
+
+
 def test_flags_are_kept(subject: Subject) -> None:
     model = copy.deepcopy(subject.model).train()
     frozen = [name for i, (name, _) in enumerate(model.named_parameters()) if i % 3 == 0]

@@ -8,7 +8,6 @@ attention. Whatever belongs to no pair (embeddings, norms) is read whole. The sm
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,20 +16,20 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from pathprune.checkpoint.tensors import _Moved, _Told, _Weights, open_path, open_weights
+from pathprune.checkpoint.tensors import PathTensors, open_path, open_weights
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.family.budget import Budget
-from pathprune.family.pairs import Pair, Slot
+from pathprune.family.learned import at_sparsity
+from pathprune.family.pairs import Pair
 from pathprune.family.path import SolutionPath
-from pathprune.family.selection import Selection
 from pathprune.model.identity import check_base
-from pathprune.model.linear import linear_map
-from pathprune.transform.experts import scaled_stack, stacks
-from pathprune.transform.folding import plain, sliced_map, through
-from pathprune.transform.plan import Axis, plan
+from pathprune.transform.delta import WeightsAtSize, check_deltas
+from pathprune.transform.folding import Moments
+from pathprune.transform.plan import plan
 from pathprune.transform.record import PathpruneConfig
+from pathprune.transform.slicing import sliced_tensors
+from pathprune.types import Floats
 
 LAYERS = 1000  # more of them are a damaged config.json; to build them would take minutes
 
@@ -49,15 +48,27 @@ def load_slice(folder: str | os.PathLike[str], budget: Budget, *, model_class: A
         MismatchError: the path belongs to other weights (a sample of every parameter is compared, as in
             ``slice_model``), or has rotations, which need weights of units that are left out.
         BudgetError: see ``SolutionPath.select``.
+
+    Example:
+        >>> ordered, sorted_path = pp.sort_units(model, path)
+        >>> pp.save_model(ordered, folder / "family", path=sorted_path)
+        >>> half = pp.load_slice(folder / "family", pp.Budget(keep=0.5))  # reads the bytes of half
     """
-    with open_path(folder) as (path, told):
-        return _load(Path(folder), path, told, budget, model_class, options)
+    with open_path(folder) as (path, centre, tensors):
+        return _load(Path(folder), path, centre, tensors, budget, model_class, options)
 
 
 def _load(
-    folder: Path, path: SolutionPath, told: _Told, budget: Budget, model_class: Any, options: dict[str, Any]
+    folder: Path,
+    path: SolutionPath,
+    centre: dict[str, Floats],
+    tensors: PathTensors,
+    budget: Budget,
+    model_class: Any,
+    options: dict[str, Any],
 ) -> nn.Module:
-    if path.basis or set(path.fill) != set(path.fill_sum) or set(told.centre) != told.normal:
+    normal = tensors.of("normal")
+    if path.basis or set(path.fill) != set(path.fill_sum) or set(centre) != normal:
         raise MismatchError(
             f"the path in {folder} needs all weights of a head or a map to make a small one; sort its model once with "
             "pathprune.sort_units(model, path), or train it with pathprune.elastic, and save the model and path that "
@@ -79,12 +90,18 @@ def _load(
     with open_weights(folder) as weights:
         weights.tie(dense)
         check_base(dense, path.pairs, weights.sample)
-        weights = _Moved(weights, dense, told, 1 - selection.fraction)
-        consumers = {pair.name: weights.names[f"{pair.consumer.module}.weight"] for pair in path.pairs if pair.fillable}
-        trained = {name for name in path.fill if consumers[name] in weights.deltas}
-        if trained != set(path.delta_sum) or trained & told.normal != told.delta_normal:
+        check_deltas(dense, {name: tensors.shape(f"delta/{name}") for name in tensors.of("delta")})
+        deltas = tensors.deltas(weights.stored)
+        consumers = {
+            pair.name: weights.stored[f"{pair.consumer.module}.weight"] for pair in path.pairs if pair.fillable
+        }
+        trained = {name for name in path.fill if consumers[name] in deltas.names}
+        if trained != set(path.delta_sum) or trained & normal != tensors.of("delta_normal"):
             raise ArtifactError(f"the path in {folder} lacks a part of what was trained; copy it again from its source")
-        state, record = _sliced_state(dense, path, selection, weights, told)
+        axes, record = plan(dense, selection)
+        source = WeightsAtSize(weights, deltas, selection.sparsity)
+        moments = StoredMoments(path, centre, tensors, selection.sparsity)
+        state = dict(sliced_tensors(source, dense, axes, selection, moments))
     config.quantization_config = PathpruneConfig(record, selection.to_dict()).to_dict()
     options.setdefault("dtype", options.pop("torch_dtype", "auto"))
     small = type(kind).from_pretrained(None, config=config, state_dict=state, **options)
@@ -107,65 +124,31 @@ def _empty(kind: Any, config: Any) -> Any:
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
-def _sliced_state(
-    dense: nn.Module, path: SolutionPath, selection: Selection, weights: _Weights, told: _Told
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What is left of every tensor of the checkpoint, and the record of its shapes."""
-    axes, record = plan(dense, selection)
-    parts: dict[str, list[tuple[Pair, Slot]]] = {}
-    for pair in path.pairs:
-        for slot in pair.slots:
-            parts.setdefault(slot.module, []).append((pair, slot))
-    state: dict[str, Tensor] = {}
-    for name, axis in axes.items():
-        weight, bias = _map(linear_map(dense, name), name, axis, parts[name], path, selection, weights, told)
-        state[f"{name}.weight"] = weight
-        if bias is not None:
-            state[f"{name}.bias"] = bias
-    for pair in path.pairs:
-        if pair.stacked and not selection.keep[pair.name].all():
-            for stack in stacks(pair, selection.keep[pair.name]):
-                name = f"{stack.module}.{stack.parameter}"
-                kept = weights.kept_of_each(name, stack.places, stack.dim)
-                state[name] = scaled_stack(kept, stack, pair, selection)
-    return state | {name: weights.whole(name) for name in weights.files if name not in state}, record
+class StoredMoments(Moments):
+    """What a sorted path has stored, so that weights of the units that go need not be read."""
 
+    needs_all = False
 
-def _map(
-    module: Any,
-    name: str,
-    axis: Axis,
-    parts: list[tuple[Pair, Slot]],
-    path: SolutionPath,
-    selection: Selection,
-    weights: _Weights,
-    told: _Told,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one sliced map: sliced as always, from one whose other weights are zero."""
-    kept, inner = axis.places()[0], int((axis.side == "in") != isinstance(module, Conv1D))
-    partly = copy.deepcopy(module)
-    partly.weight = nn.Parameter(weights.kept(f"{name}.weight", kept, inner, module.weight.shape))
-    if module.bias is not None:
-        out = axis.side == "out"
-        whole = weights.kept(f"{name}.bias", kept, 0, module.bias.shape) if out else weights.whole(f"{name}.bias")
-        partly.bias = nn.Parameter(whole)
+    def __init__(self, path: SolutionPath, centre: dict[str, Floats], tensors: PathTensors, sparsity: float) -> None:
+        super().__init__(path.fill, centre, {})
+        self.path, self.tensors, self.sparsity = path, tensors, sparsity
 
-    def fold(
-        weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
-    ) -> tuple[Tensor, Tensor | None]:
-        if pair.name not in path.fill:
-            return plain(weight, bias, pair, slot, selection)
-        total = torch.from_numpy(path.fill_sum[pair.name])
-        if pair.name in path.delta_sum:
-            total = total + (1 - selection.fraction) * torch.from_numpy(path.delta_sum[pair.name])
-        if pair.name in told.centre:
-            weight, added = told.fold(weight, pair, slot, selection)
-            return weight, added + total if bias is None else bias.double() + added + total
-        # Units that are left out are zero here, and so is their fill's share.
-        total = total - through(path.fill[pair.name], weight, slot.index(pair.groups, pair.width))
-        weight, bias = plain(weight, bias, pair, slot, selection)
-        return weight, total if bias is None else bias + total
+    def constant(self, pair: Pair, weight: Tensor) -> Tensor:
+        total = torch.from_numpy(self.path.fill_sum[pair.name])
+        if pair.name in self.path.delta_sum:
+            total = at_sparsity(total, torch.from_numpy(self.path.delta_sum[pair.name]), self.sparsity)
+        return total
 
-    weight, bias = sliced_map(partly, axis, parts, selection, fold)
-    dtype = partly.weight.dtype
-    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    def covariance(self, pair: Pair, kept: Tensor) -> Tensor:
+        inner, columns = len(self.centre[pair.name]), int(kept.max()) + 1 if len(kept) else 0
+        rows = self.tensors.rows(f"covariance/{pair.name}", kept.numpy(), (inner, inner), columns)
+        return rows.double()[:, kept]
+
+    def normal(self, pair: Pair, kept: Tensor, weight: Tensor) -> Tensor:
+        def rows(array: str) -> Tensor:
+            shape = (len(self.centre[pair.name]), pair.consumer.size)
+            return self.tensors.rows(f"{array}/{pair.name}", kept.numpy(), shape, pair.consumer.size)
+
+        if pair.name not in self.tensors.of("delta_normal"):
+            return rows("normal")
+        return at_sparsity(rows("normal"), rows("delta_normal"), self.sparsity)

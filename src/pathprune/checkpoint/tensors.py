@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,66 +13,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from pathprune.errors import ArtifactError, MismatchError
+from pathprune.errors import ArtifactError
 from pathprune.family.artifact import open_artifact, open_regular, read_json, reading
 from pathprune.family.checks import CHECKS, check_array, line_checks
 from pathprune.family.learned import LARGE
-from pathprune.family.pairs import Pair, Slot
 from pathprune.family.path import FORMAT, SolutionPath
-from pathprune.family.selection import Selection
-from pathprune.transform.delta import moved
-from pathprune.transform.folding import by_places
-from pathprune.transform.reconstruction import folded
 from pathprune.types import Floats, Ints
 
 
-class _Told:
-    """What compensation needs of a sorted path (``pathprune.transform.reconstruction``), read by parts.
+class StoredWeights:
+    """The tensors of a checkpoint, read by parts: a ``pathprune.transform.weights.WeightSource``.
 
     Args:
-        folder: of the path.
-        centre: pair name -> (N,).
-        tensors: the covariances and normal equations, and the deltas.
+        tensors: name -> the open file that holds it, and its key there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], centre: dict[str, Floats], tensors: _Weights) -> None:
-        self.folder, self.centre, self.tensors = folder, centre, tensors
-        self.normal, self.delta_normal = (
-            {name.removeprefix(part) for name in tensors.files if name.startswith(part)}
-            for part in ("normal/", "delta_normal/")
-        )
+    def __init__(self, tensors: dict[str, tuple[Any, str]]) -> None:
+        self.tensors = tensors
+        self.stored: dict[str, str] = {}  # name of a parameter -> that of the tensor it is tied to
 
-    def fold(self, weight: Tensor, pair: Pair, slot: Slot, selection: Selection) -> tuple[Tensor, Tensor]:
-        """As ``pathprune.transform.slicing.compensate``; (d,) is without the constants of all units."""
-        centre = torch.from_numpy(self.centre[pair.name]).double()
-        left, scale, constants = by_places(pair, selection, centre)
-        kept, inner, columns = left.numpy(), len(centre), int(left.max()) + 1 if len(left) else 0
-        with reading(self.folder, "path"):
-            covariance = self.tensors.rows(f"covariance/{pair.name}", kept, (inner, inner), columns)
-            normal = self.tensors.rows(f"normal/{pair.name}", kept, (inner, slot.size), slot.size)
-            if pair.name in self.delta_normal:
-                more = self.tensors.rows(f"delta_normal/{pair.name}", kept, (inner, slot.size), slot.size)
-                normal = normal + (1 - selection.fraction) * more
-        places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel())[left]
-        ours, added = folded(
-            covariance.double()[:, left], normal, weight[places].double(), scale[left], centre[left], constants[left]
-        )
-        return weight.double().index_copy(0, places, ours), added
-
-
-class _Weights:
-    """The tensors of a checkpoint, read by parts.
-
-    Args:
-        files: name of a tensor -> the open file that holds it.
-        names: name of a parameter -> that of the tensor it is tied to.
-    """
-
-    def __init__(self, files: dict[str, Any]) -> None:
-        self.files = files
-        self.names: dict[str, str] = {}
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
 
     def tie(self, model: Any) -> None:
         """Learn which parameters of ``model`` are one and the same, of which a checkpoint holds one.
@@ -87,12 +51,12 @@ class _Weights:
         def part(name: str) -> str:
             return name.removeprefix(base).partition(".")[0]
 
-        held = {names[0]: next((name for name in names if name in self.files), None) for names in alike.values()}
-        there = {part(name) for names in alike.values() if held[names[0]] for name in names}
+        held = {names[0]: next((name for name in names if name in self.tensors), None) for names in alike.values()}
+        present = {part(name) for names in alike.values() if held[names[0]] for name in names}
         for names in alike.values():
             tensor = held[names[0]]
             if tensor is None:
-                if not there or any(part(name) in there or "." not in name.removeprefix(base) for name in names):
+                if not present or any(part(name) in present or "." not in name.removeprefix(base) for name in names):
                     raise ArtifactError(
                         f"the checkpoint has no {names[0]}, which {type(model).__name__} has; save the model that "
                         "pathprune.sort_units or pathprune.elastic gave with save_pretrained"
@@ -101,142 +65,142 @@ class _Weights:
                     owner = model.get_submodule(base[:-1]) if name.startswith(base) else model
                     setattr(owner, part(name), None)
                 continue
-            dtype = self.files[tensor].get_slice(tensor).get_dtype()
+            dtype = self._part(tensor).get_dtype()
             if not dtype.startswith(("F", "BF")):
                 raise ArtifactError(f"the checkpoint's {tensor} holds {dtype}, not floating-point numbers")
-            self.names |= dict.fromkeys(names, tensor)
-        self.parameters = set(self.names.values())
+            self.stored |= dict.fromkeys(names, tensor)
+
+    def _part(self, name: str) -> Any:
+        file, key = self.tensors[name]
+        return file.get_slice(key)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._part(name).get_shape())
 
     def whole(self, name: str) -> Tensor:
-        tensor: Tensor = self.files[name].get_tensor(name)
+        file, key = self.tensors[name]
+        tensor: Tensor = file.get_tensor(key)
         self._check(name, tensor, None)
         return tensor
 
-    def _check(self, name: str, read: Tensor, places: Ints | None, *where: Any) -> None:
+    def _check(self, name: str, read: Tensor, indices: Ints | None, *where: Any) -> None:
         """Refuse numbers that are not finite.
+
+        Args:
+            indices: those that were read; ``None`` of a whole tensor.
+            where: the dimension that they are of, and the slices of those before it.
 
         Raises:
             ValueError: there are some.
         """
-        if name in self.parameters and not torch.isfinite(read.float()).all():
+        if name in self.stored.values() and not torch.isfinite(read.float()).all():
             raise ValueError(f"{name} has values that are not finite")
 
-    def sample(self, name: str, places: range) -> Tensor:
-        """Single values, by their places in the flattened tensor."""
-        name = self.names[name]
-        part = self.files[name].get_slice(name)
+    def sample(self, name: str, positions: range) -> Tensor:
+        """Single values of a parameter, by their positions in the flattened one; for its fingerprint
+        (``pathprune.model.identity``).
+        """
+        part = self._part(self.stored[name])
         shape = part.get_shape()
         if not shape:
-            return self.whole(name).flatten()
+            return self.whole(self.stored[name]).flatten()
         values = []
-        for place in places:
-            at = np.unravel_index(place, shape)
+        for position in positions:
+            at = np.unravel_index(position, shape)
             values.append(part[tuple(slice(int(i), int(i) + 1) for i in at)].flatten())
         return torch.cat(values) if values else torch.empty(0)
 
-    def rows(self, name: str, places: Ints, shape: tuple[int, int], columns: int) -> Tensor:
-        """The first columns of some rows of a matrix.
-
-        Raises:
-            ValueError: it has not that shape.
-        """
-        found = tuple(self.files[name].get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(f"{name} has shape {found}, not {shape}")
-        return self._runs(name, (), places, 0, (slice(0, columns),))
-
-    def kept(self, name: str, places: Ints, dim: int, shape: torch.Size) -> Tensor:
-        """A tensor of which only some rows (``dim`` 0) or columns (1) are read, run by run; the others are zero."""
-        read = self._runs(name, (slice(None),) * dim, places, dim)
-        return read.new_zeros(shape).index_copy(dim, torch.from_numpy(places), read)
-
-    def kept_of_each(self, name: str, places: Ints, dim: int) -> Tensor:
-        """The same of stacked maps, (experts, ...), by expert; ``places`` is (experts, kept)."""
-        each = [
-            self._runs(name, (slice(expert, expert + 1), *(slice(None),) * (dim - 1)), row, dim)
-            for expert, row in enumerate(places)
-        ]
+    def read(self, name: str, dim: int, indices: Ints) -> Tensor:
+        if indices.ndim == 1:
+            return self._runs(name, (slice(None),) * dim, indices, dim)
+        rest = (slice(None),) * (dim - 1)
+        each = [self._runs(name, (slice(i, i + 1), *rest), row, dim) for i, row in enumerate(indices)]
         return torch.cat(each)
 
     def _runs(
-        self, name: str, ahead: tuple[slice, ...], places: Ints, dim: int, behind: tuple[slice, ...] = ()
+        self, name: str, before: tuple[slice, ...], indices: Ints, dim: int, after: tuple[slice, ...] = ()
     ) -> Tensor:
-        part = self.files[name].get_slice(name)
-        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-        edges = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [(0, 0)]
-        read = torch.cat([part[(*ahead, slice(*edge), *behind)] for edge in edges], dim)
-        self._check(name, read, places, dim, ahead)
+        """What is at some indices of a dimension, by runs of them.
+
+        Args:
+            before, after: of the other dimensions.
+        """
+        part = self._part(name)
+        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+        ends = [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [(0, 0)]
+        read = torch.cat([part[(*before, slice(*end), *after)] for end in ends], dim)
+        self._check(name, read, indices, dim, before)
         return read
 
 
-class _OfPath(_Weights):
-    """The large tensors of a path, whose parts carry checksums (``pathprune.family.path.checks``; 0.1.0 wrote none)."""
+class PathTensors(StoredWeights):
+    """The large tensors of a path, whose parts carry checksums (``pathprune.family.checks``; 0.1.0 wrote none).
 
-    def __init__(self, files: dict[str, Any], checks: Mapping[str, npt.NDArray[Any]]) -> None:
-        super().__init__(files)
-        self.checks = checks
+    Raises:
+        ArtifactError: a part cannot be read, or does not have its checksum.
+    """
 
-    def _check(self, name: str, read: Tensor, places: Ints | None, *where: Any) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        tensors: dict[str, tuple[Any, str]],
+        checks: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        super().__init__(tensors)
+        self.folder, self.checks = folder, checks
+
+    def of(self, array: str) -> set[str]:
+        """The pairs or parameters that have an array of that name (``pathprune.family.learned``)."""
+        return {name.partition("/")[2] for name in self.tensors if name.partition("/")[0] == array}
+
+    def deltas(self, stored: Mapping[str, str]) -> PathTensors:
+        """Those of parameters, by the names that a checkpoint has for them."""
+        tensors = {stored[name]: self.tensors[f"delta/{name}"] for name in self.of("delta")}
+        return PathTensors(self.folder, tensors, self.checks)
+
+    def whole(self, name: str) -> Tensor:
+        with reading(self.folder, "path"):
+            return super().whole(name)
+
+    def read(self, name: str, dim: int, indices: Ints) -> Tensor:
+        with reading(self.folder, "path"):
+            return super().read(name, dim, indices)
+
+    def rows(self, name: str, indices: Ints, shape: tuple[int, int], columns: int) -> Tensor:
+        """The first columns of some rows of a matrix of that shape."""
+        with reading(self.folder, "path"):
+            if (found := self.shape(name)) != shape:
+                raise ValueError(f"{name} has shape {found}, not {shape}")
+            return self._runs(name, (), indices, 0, (slice(0, columns),))
+
+    def _check(self, name: str, read: Tensor, indices: Ints | None, *where: Any) -> None:
+        key = self.tensors[name][1]
         if not read.is_floating_point():
-            raise ValueError(f"the {name} holds {read.dtype}, not floating-point numbers")
+            raise ValueError(f"the {key} holds {read.dtype}, not floating-point numbers")
         if not torch.isfinite(read).all():
-            raise ValueError(f"the {name} is not finite")
-        dim, ahead = where or (max(0, read.dim() - 2), ())
-        written = self.checks.get(f"check{dim}/{name}")
+            raise ValueError(f"the {key} is not finite")
+        dim, before = where or (max(0, read.dim() - 2), ())
+        written = self.checks.get(f"check{dim}/{key}")
         if written is None:
             return
         array = read.numpy()
-        if name.startswith("covariance/"):  # rows up to the diagonal have checksums, and the rest is the same again
-            assert places is not None
-            square = array[:, places]
+        if key.startswith("covariance/"):  # rows up to the diagonal have checksums, and the rest is the same again
+            assert indices is not None
+            square = array[:, indices]
             same = np.array_equal(square, square.T)
             found = np.array(
-                [zlib.crc32(row[: at + 1]) for row, at in zip(array, places, strict=True)], dtype=np.uint32
+                [zlib.crc32(row[: at + 1]) for row, at in zip(array, indices, strict=True)], dtype=np.uint32
             )
         else:
             same, found = True, line_checks(array, dim)
-        expected = written if places is None else written[(*ahead[: read.dim() - 2], ..., places)]
+        expected = written if indices is None else written[(*before[: read.dim() - 2], ..., indices)]
         if not same or not np.array_equal(found, expected):
-            raise ValueError(f"the {name} does not have the recorded checksums; it was altered")
-
-
-class _Moved(_Weights):
-    """A checkpoint's tensors with a share of a path's deltas added.
-
-    Raises:
-        MismatchError: the checkpoint has no such parameter, or one of another shape.
-    """
-
-    def __init__(self, weights: _Weights, model: nn.Module, told: _Told, share: float) -> None:
-        super().__init__(weights.files)
-        self.names, self.parameters = weights.names, weights.parameters
-        self.told, self.share = told, share
-        self.deltas: dict[str, str] = {}
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for key, file in told.tensors.files.items():
-            part, _, name = key.partition("/")
-            if part == "delta":
-                if shapes.get(name) != (shape := tuple(file.get_slice(key).get_shape())):
-                    raise MismatchError(f"the path has a delta for {name} of shape {shape}, which the model has not")
-                self.deltas[weights.names[name]] = key
-
-    def whole(self, name: str) -> Tensor:
-        return self._moved(super().whole(name), name, lambda key: self.told.tensors.whole(key))
-
-    def _runs(self, name: str, *at: Any) -> Tensor:
-        return self._moved(super()._runs(name, *at), name, lambda key: self.told.tensors._runs(key, *at))
-
-    def _moved(self, tensor: Tensor, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        if name not in self.deltas:
-            return tensor
-        with reading(self.told.folder, "path"):
-            delta = read(self.deltas[name])
-        return moved(tensor, delta, self.share)
+            raise ValueError(f"the {key} does not have the recorded checksums; it was altered")
 
 
 @contextmanager
-def open_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _Told]]:
-    """The path without its moments, and those to be read by parts."""
+def open_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, dict[str, Floats], PathTensors]]:
+    """A path without its moments and deltas; the centre of each pair that has one; and what is read by parts."""
 
     def open_tensors(file: Path) -> Any:
         open_regular(file).close()
@@ -266,11 +230,11 @@ def open_path(folder: str | os.PathLike[str]) -> Iterator[tuple[SolutionPath, _T
                 raise ValueError(
                     f"a tensor in {meta['tensors']['file']} is missing or does not have the recorded checksum"
                 )
-        yield path, _Told(folder, centre, _OfPath(dict.fromkeys(large, tensors), checks))
+        yield path, centre, PathTensors(folder, {name: (tensors, name) for name in large}, checks)
 
 
 @contextmanager
-def open_weights(folder: Path) -> Iterator[_Weights]:
+def open_weights(folder: Path) -> Iterator[StoredWeights]:
     """The checkpoint's safetensors files, one or several."""
     try:
         index = folder / "model.safetensors.index.json"
@@ -279,12 +243,12 @@ def open_weights(folder: Path) -> Iterator[_Weights]:
             held = read_json(index)["weight_map"].values()
             shards = [folder / Path(name).name for name in sorted(set(held))]
         with ExitStack() as stack:
-            files: dict[str, Any] = {}
+            tensors: dict[str, tuple[Any, str]] = {}
             for shard in shards:
                 open_regular(shard).close()
                 file = stack.enter_context(safe_open(shard, framework="pt"))
-                files |= dict.fromkeys(file.keys(), file)
-            yield _Weights(files)
+                tensors |= {key: (file, key) for key in file.keys()}  # noqa: SIM118
+            yield StoredWeights(tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot read the weights in {folder}: {error!r}. It must hold model.safetensors, whole or in shards, as "

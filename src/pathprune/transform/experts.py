@@ -1,4 +1,4 @@
-"""Experts whose maps are slices of one stacked parameter: what is left of it."""
+"""Experts whose maps are slices of one stacked parameter: what stays of it."""
 
 from __future__ import annotations
 
@@ -59,34 +59,19 @@ def check_experts(model: nn.Module, record: Mapping[str, Any]) -> None:
                 )
 
 
-def sliced_stacks(model: nn.Module, pair: Pair, selection: Selection) -> dict[int, nn.Parameter]:
-    """Identity of each stacked parameter -> what is left of it."""
-    left: dict[int, nn.Parameter] = {}
-    for stack in stacks(pair, selection.keep[pair.name]):
-        whole = getattr(model.get_submodule(stack.module), stack.parameter)
-        where = torch.from_numpy(stack.places).to(whole.device)
-        if whole.dim() == 3:
-            where = where.unsqueeze(3 - stack.dim)
-        kept = scaled_stack(torch.take_along_dim(whole.detach(), where, stack.dim), stack, pair, selection)
-        left[id(whole)] = nn.Parameter(kept.clone(), requires_grad=whole.requires_grad)
-    return left
-
-
 @dataclass(frozen=True)
 class Stack:
     """One stacked parameter of a pair, sliced.
 
     Args:
-        module, parameter: its name.
         dim: the dimension that is sliced.
-        places: (experts, kept), what stays of it.
+        indices: (experts, kept), what stays of it.
         consumes: whether scales are folded into it.
     """
 
-    module: str
-    parameter: str
+    name: str
     dim: int
-    places: Ints
+    indices: Ints
     consumes: bool
 
 
@@ -96,16 +81,16 @@ def stacks(pair: Pair, keep: npt.NDArray[np.bool_]) -> list[Stack]:
     for (module, parameter), slots in _stacks(pair).items():
         old = np.concatenate([np.stack([slot.index(1, pair.width)[0, 0][row] for row in keep]) for slot in slots], 1)
         new = np.concatenate([slot.index(1, max(int(keep[0].sum()), 1))[0, 0][: keep[0].sum()] for slot in slots])
-        places = old[:, np.argsort(new)]
-        found.append(Stack(module, parameter, slots[0].dim, places, pair.consumer in slots))
+        name, indices = f"{module}.{parameter}", old[:, np.argsort(new)]
+        found.append(Stack(name, slots[0].dim, indices, pair.consumer in slots))
         if slots[0].bias and slots[0].side == "out":
-            found.append(Stack(module, f"{parameter}_bias", 1, places, consumes=False))
+            found.append(Stack(f"{name}_bias", 1, indices, consumes=False))
     return found
 
 
 def scaled_stack(kept: Tensor, stack: Stack, pair: Pair, selection: Selection) -> Tensor:
-    """Fold the scales of the units that stay into what is left of a stacked parameter."""
+    """Fold the scales of the units that stay into what stays of a stacked parameter."""
     if not stack.consumes or pair.name not in selection.scale:
         return kept
-    factor = torch.from_numpy(np.take_along_axis(selection.mask(pair), stack.places, axis=1)).to(kept.device)
+    factor = torch.from_numpy(np.take_along_axis(selection.mask(pair), stack.indices, axis=1)).to(kept.device)
     return (kept * factor.unsqueeze(3 - stack.dim)).to(kept.dtype)

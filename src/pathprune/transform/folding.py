@@ -1,38 +1,92 @@
-"""What is left of a map, with rotations, scales, fills and reconstruction folded into its weights."""
+"""What stays of a map, with rotations, scales, fills and reconstruction folded into its weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.selection import Selection
 from pathprune.model.linear import Map
-from pathprune.transform.plan import Axis
+from pathprune.transform.plan import Axis, inner_dim
 from pathprune.transform.reconstruction import by_place, constant, folded
-from pathprune.types import Ints
+from pathprune.transform.weights import WeightSource
+from pathprune.types import Floats, Ints
 
-Fold = Callable[[Tensor, "Tensor | None", Pair, Slot, Selection], "tuple[Tensor, Tensor | None]"]
+
+class Moments:
+    """What consumers make of all units of their pairs, those that go included: computed from all of their weights.
+
+    Args:
+        fill: pair name -> (G, D).
+        centre, covariance: pair name -> (N,) and (N, N), of what the consumer reads, where there is reconstruction.
+    """
+
+    needs_all = True  # weights, also those of units that go
+
+    def __init__(
+        self, fill: Mapping[str, Floats], centre: Mapping[str, Floats], covariance: Mapping[str, Floats]
+    ) -> None:
+        self.fill, self.centre, self._covariance = fill, centre, covariance
+
+    def constant(self, pair: Pair, weight: Tensor) -> Tensor:
+        """(d,), c W: what a consumer with ``weight`` (positions, d) makes of all units' constants."""
+        index = pair.consumer.index(pair.groups, pair.width)
+        if pair.name not in self.centre:
+            return through(self.fill[pair.name], weight, index)
+        centre = torch.from_numpy(self.centre[pair.name]).to(weight.device, torch.float64)
+        return constant(torch.from_numpy(self.fill[pair.name]), centre) @ _rows(weight, index)
+
+    def covariance(self, pair: Pair, kept: Tensor) -> Tensor:
+        """C_KK, (K, K), of those at ``kept`` (K,) in what the consumer reads."""
+        array = torch.from_numpy(self._covariance[pair.name])
+        return array[kept.cpu()][:, kept.cpu()].to(kept.device, torch.float64)
+
+    def normal(self, pair: Pair, kept: Tensor, weight: Tensor) -> Tensor:
+        """(C W)_K, (K, d)."""
+        rows = torch.from_numpy(self._covariance[pair.name])[kept.cpu()]
+        index = pair.consumer.index(pair.groups, pair.width)
+        return rows.to(weight.device, torch.float64) @ _rows(weight, index)
 
 
 def sliced_map(
-    module: Map, axis: Axis, parts: list[tuple[Pair, Slot]], selection: Selection, fold: Fold | None = None
+    source: WeightSource,
+    name: str,
+    module: Map,
+    axis: Axis,
+    slots: list[tuple[Pair, Slot]],
+    selection: Selection,
+    moments: Moments,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is left of a map's weight and bias, in its own orientation; all that changes numbers is in float64.
+    """What stays of a map's weight and bias, in its own orientation; all that changes numbers is in float64.
 
     Args:
-        fold: puts into a consumer what the pair's other units leave to it; by default from all of their weights.
+        name, module: of the map, which need have no weights.
+        slots: the pairs that it belongs to, and what it is in them.
     """
-    weight = axis_first(module.weight.detach(), module, axis.side)
-    bias: Tensor | None = None if module.bias is None else module.bias.detach()
-    for pair, slot in parts:
+    indices, dim = axis.indices()[0], inner_dim(module, axis.side)
+    needs_all = moments.needs_all and any(
+        pair.name in selection.basis or (slot == pair.consumer and pair.name in selection.fill) for pair, slot in slots
+    )
+
+    def read(name: str, dim: int) -> Tensor:
+        """Zero where nothing is read."""
+        if needs_all:
+            return source.whole(name)
+        part = source.read(name, dim, indices)
+        return part.new_zeros(source.shape(name)).index_copy(dim, torch.from_numpy(indices).to(part.device), part)
+
+    weight = read(f"{name}.weight", dim)
+    dtype, weight = weight.dtype, axis_first(weight, module, axis.side)
+    bias: Tensor | None = None
+    if module.bias is not None:
+        bias = read(f"{name}.bias", 0) if axis.side == "out" else source.whole(f"{name}.bias")
+    for pair, slot in slots:
         basis = selection.basis.get(pair.name)
         if basis is not None:
             weight = rotate(weight, basis, pair, slot)
@@ -45,76 +99,72 @@ def sliced_map(
             if bias is not None:
                 bias = bias.index_copy(0, index, bias[index] * factor)
         if slot == pair.consumer and not selection.keep[pair.name].all():
-            whole = compensate if pair.name in selection.covariance else plain
-            weight, bias = (fold or whole)(weight, bias, pair, slot, selection)
+            fold = reconstruct if pair.name in moments.centre else fill_and_scale
+            weight, bias = fold(weight, bias, pair, selection, moments)
             if pair.name in selection.output:
                 gain, shift = torch.from_numpy(selection.output[pair.name]).to(weight.device, torch.float64)
                 weight, bias = weight * gain, (shift if bias is None else bias * gain + shift)
-    kept = torch.from_numpy(axis.places()[0]).to(weight.device)
-    if bias is not None and axis.side == "out":
-        bias = bias[kept]
-    return axis_first(weight[kept], module, axis.side), bias
+    kept = torch.from_numpy(indices).to(weight.device)
+    if bias is not None:
+        bias = (bias[kept] if axis.side == "out" else bias).to(dtype, copy=True)
+    return axis_first(weight[kept], module, axis.side).to(dtype).contiguous(), bias
 
 
-def plain(
-    weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
+def fill_and_scale(
+    weight: Tensor, bias: Tensor | None, pair: Pair, selection: Selection, moments: Moments
 ) -> tuple[Tensor, Tensor | None]:
     """Fold y' = m y + (1 - m) c, at the consumer's input (for ``qk``, at the keys), into its weight and bias."""
+    slot, mask = pair.consumer, pair.by_dim(selection.mask(pair))  # (G, D)
     index = slot.index(pair.groups, pair.width)  # (G, R, D)
-    mask = torch.from_numpy(pair.by_dim(selection.mask(pair))).to(weight.device)  # (G, D)
-    places = torch.from_numpy(index.ravel()).to(weight.device)
     if pair.name in selection.fill:
-        added = through((1 - pair.by_dim(selection.mask(pair))) * selection.fill[pair.name], weight, index)
+        added = moments.constant(pair, weight) - through(mask * selection.fill[pair.name], weight, index)
         bias = added if bias is None else bias.double() + added
     if pair.name in selection.scale:
-        factor = mask.unsqueeze(1).expand(index.shape).flatten()
-        weight = weight.double().index_copy(0, places, weight[places] * factor.unsqueeze(1))
+        positions = torch.from_numpy(index.ravel()).to(weight.device)
+        factor = by_place(torch.from_numpy(mask), index.size).to(weight.device)
+        weight = weight.double().index_copy(0, positions, weight[positions] * factor.unsqueeze(1))
         if slot.side == "out" and bias is not None:
-            bias = bias.double().index_copy(0, places, bias[places] * factor)
+            bias = bias.double().index_copy(0, positions, bias[positions] * factor)
     return weight, bias
 
 
-def compensate(
-    weight: Tensor, bias: Tensor | None, pair: Pair, slot: Slot, selection: Selection
+def reconstruct(
+    weight: Tensor, bias: Tensor | None, pair: Pair, selection: Selection, moments: Moments
 ) -> tuple[Tensor, Tensor | None]:
-    """Fold what stays, and what it tells of the rest, into a consumer (equations in ``transform.reconstruction``)."""
+    """Fold what stays, and the others' prediction from it, into a consumer (``transform.reconstruction``)."""
 
-    def array(values: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(weight.device, torch.float64)
+    def by_position(by_dim: npt.NDArray[np.generic]) -> Tensor:
+        return by_place(torch.from_numpy(by_dim), len(centre)).to(weight.device)
 
-    covariance = array(selection.covariance[pair.name])
-    centre = array(selection.centre[pair.name])
-    left, scale, constants = by_places(pair, selection, centre)
-    places = torch.from_numpy(slot.index(pair.groups, pair.width).ravel()).to(weight.device)
-    whole, rows = weight[places].double(), covariance[left]
-    ours, added = folded(rows[:, left], rows @ whole, whole[left], scale[left], centre[left], constants[left])
-    added = added + constants @ whole
-    return weight.double().index_copy(0, places[left], ours), added if bias is None else bias.double() + added
-
-
-def by_places(pair: Pair, selection: Selection, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By places in what a consumer reads, whose mean is (N,): (K,) those that stay, and (N,) of all m and c."""
-    keep, mask = (torch.from_numpy(pair.by_dim(array)) for array in (selection.keep[pair.name], selection.mask(pair)))
-    keep, scale = by_place(keep.to(centre.device), len(centre)), by_place(mask.to(centre), len(centre))
-    fill = torch.from_numpy(selection.fill[pair.name]).to(centre)
-    return keep.nonzero()[:, 0], scale, constant(fill, centre)
+    centre = torch.from_numpy(moments.centre[pair.name]).to(weight.device, torch.float64)
+    kept = by_position(pair.by_dim(selection.keep[pair.name])).nonzero()[:, 0]
+    scale = by_position(pair.by_dim(selection.mask(pair)))[kept]
+    constants = constant(torch.from_numpy(selection.fill[pair.name]), centre)[kept]
+    positions = torch.from_numpy(pair.consumer.index(pair.groups, pair.width).ravel()).to(weight.device)[kept]
+    rows, covariance = weight[positions].double(), moments.covariance(pair, kept)
+    ours, added = folded(covariance, moments.normal(pair, kept, weight), rows, scale, centre[kept], constants)
+    added = added + moments.constant(pair, weight)
+    return weight.double().index_copy(0, positions, ours), added if bias is None else bias.double() + added
 
 
-def through(constant: npt.NDArray[np.floating], weight: Tensor, places: Ints) -> Tensor:
+def through(constant: npt.NDArray[np.floating], weight: Tensor, index: Ints) -> Tensor:
     """What a consumer makes of a constant (G, D) at its input: (d,), in float64.
 
     Args:
-        weight: (places, d).
-        places: (G, R, D), of each head's dimensions in ``weight``.
+        weight: (positions, d).
+        index: (G, R, D), of each head's dimensions in ``weight``.
     """
-    value = torch.from_numpy(constant).to(weight.device, torch.float64).unsqueeze(1).expand(places.shape).flatten()
-    return value @ weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
+    value = torch.from_numpy(constant).to(weight.device, torch.float64).unsqueeze(1).expand(index.shape).flatten()
+    return value @ _rows(weight, index)
+
+
+def _rows(weight: Tensor, index: Ints) -> Tensor:
+    return weight[torch.from_numpy(index.ravel()).to(weight.device)].double()
 
 
 def axis_first(weight: Tensor, module: Map, side: str) -> Tensor:
     """Turn the weight so that the inner axis comes first, or back."""
-    first = (side == "out") != isinstance(module, Conv1D)
-    return weight if first else weight.mT
+    return weight.mT if inner_dim(module, side) else weight
 
 
 def rotate(tensor: Tensor, basis: npt.NDArray[np.floating], pair: Pair, slot: Slot) -> Tensor:

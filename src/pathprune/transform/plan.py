@@ -1,4 +1,4 @@
-"""What a selection leaves of every map's axis, and the shapes of the sliced model."""
+"""What a selection keeps of every map's axis, and the shapes of the sliced model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pathprune.errors import MismatchError
 from pathprune.family.pairs import Pair
@@ -20,29 +21,36 @@ from pathprune.types import Ints
 
 @dataclass
 class Axis:
-    """The sliced axis of one linear map: which dense places are kept, and where they are seen."""
+    """The sliced axis of one linear map: which indices of the dense axis are kept, and where the code around the map
+    has them, among zeros.
+    """
 
     side: str
     dense: int
-    size: int
-    width: int  # of a head, as seen
-    old: list[Ints] = field(default_factory=list)
-    new: list[Ints] = field(default_factory=list)
-    left: npt.NDArray[np.bool_] = field(init=False)
+    size: int  # as the code around the map has it
+    width: int  # of a head, likewise
+    kept: list[Ints] = field(default_factory=list)
+    positions: list[Ints] = field(default_factory=list)
+    unpaired: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = np.ones(self.dense, dtype=bool)  # dense places of no pair
+        self.unpaired = np.ones(self.dense, dtype=bool)  # indices of no pair
 
-    def places(self) -> tuple[Ints, Ints]:
-        """(kept dense places, where they are seen), in the order of the latter."""
-        rest = np.flatnonzero(self.left)
-        old, new = np.concatenate([*self.old, rest]), np.concatenate([*self.new, rest])
-        order = np.argsort(new)
-        return old[order], new[order]
+    def indices(self) -> tuple[Ints, Ints]:
+        """(kept indices of the dense axis, their positions), in the order of the latter."""
+        rest = np.flatnonzero(self.unpaired)
+        kept, positions = np.concatenate([*self.kept, rest]), np.concatenate([*self.positions, rest])
+        order = np.argsort(positions)
+        return kept[order], positions[order]
+
+
+def inner_dim(module: Map, side: str) -> int:
+    """The dimension of a map's weight that is its axis on that side."""
+    return int((side == "in") != isinstance(module, Conv1D))
 
 
 def plan(model: nn.Module, selection: Selection) -> tuple[dict[str, Axis], Record]:
-    """What ``selection`` leaves of every map's axis, and the shapes of the sliced model."""
+    """What ``selection`` keeps of every map's axis, and the shapes of the sliced model."""
     record: Record = {"modules": {}, "parameters": {}, "attributes": {}, "rotary": {}}
     axes: dict[str, Axis] = {}
     blocks: dict[str, list[Pair]] = {}
@@ -55,7 +63,7 @@ def plan(model: nn.Module, selection: Selection) -> tuple[dict[str, Axis], Recor
             plan_stack(model, members[0], selection.keep[members[0].name], record)
         elif members[0].kind == "mlp":
             pair, kept = members[0], selection.kept(members[0])
-            _place(model, pair, selection.keep[pair.name], axes, 1, kept if pair.narrow else pair.width)
+            _add(model, pair, selection.keep[pair.name], axes, 1, kept if pair.narrow else pair.width)
         else:
             _plan_attention(model, selection, members, axes, record)
     for name, axis in axes.items():
@@ -90,8 +98,7 @@ def _plan_attention(
     elif first.narrow and count == 0:
         width = min(8, first.width)
     for pair in members:
-        seen = width if pair.narrow else pair.width
-        _place(model, pair, selection.keep[pair.name], axes, groups, seen)
+        _add(model, pair, selection.keep[pair.name], axes, groups, width if pair.narrow else pair.width)
         if pair.rotary and pair.narrow and groups:
             record["rotary"][attention_name] = _columns(pair, selection.keep[pair.name], width)
     if first.narrow or first.fewer:
@@ -110,10 +117,10 @@ def _check_rectangles(selection: Selection, members: list[Pair]) -> None:
             raise MismatchError(f"{pair.name}: heads must keep the same dimensions, as they share the rotary embedding")
 
 
-def _place(
+def _add(
     model: nn.Module, pair: Pair, keep: npt.NDArray[np.bool_], axes: dict[str, Axis], groups: int, width: int
 ) -> None:
-    """Add the places of one pair's kept dimensions to its maps' axes, seen as ``groups`` x ``width``."""
+    """Add one pair's kept dimensions to its maps' axes, which the code around them has as ``groups`` x ``width``."""
     dims = pair.by_dim(keep)  # (G, D)
     rank = (np.cumsum(keep, axis=1) - 1)[:, pair.unit_of]  # of the kept unit in its head
     d = np.broadcast_to(np.arange(pair.width), dims.shape)
@@ -129,13 +136,13 @@ def _place(
         axis = axes.setdefault(slot.module, Axis(slot.side, dense, size, width))
         if (axis.side, axis.size) != (slot.side, size):
             raise MismatchError(f"{slot.module}: two pairs see the map differently")
-        here = slot.index(pair.groups, pair.width)
-        axis.left[here] = False
-        axis.old.append(pair.positions(slot, keep))
-        kept = np.broadcast_to(dims[:, None], here.shape)
-        seen = slot.index(max(groups, 1), max(width, 1))
+        index = slot.index(pair.groups, pair.width)
+        axis.unpaired[index] = False
+        axis.kept.append(pair.positions(slot, keep))
+        kept = np.broadcast_to(dims[:, None], index.shape)
+        positions = slot.index(max(groups, 1), max(width, 1))
         heads = (g[..., None], np.arange(slot.repeat)[:, None], d[:, None])
-        axis.new.append(seen[tuple(np.broadcast_to(x, here.shape)[kept] for x in heads)])
+        axis.positions.append(positions[tuple(np.broadcast_to(x, index.shape)[kept] for x in heads)])
 
 
 def _columns(pair: Pair, keep: npt.NDArray[np.bool_], width: int) -> list[int]:
@@ -166,23 +173,26 @@ def _sizes(attention: nn.Module, members: list[Pair], groups: int, width: int) -
 
 
 def _shape(module: Map, axis: Axis) -> Record:
-    new = axis.places()[1]
+    positions = axis.indices()[1]
     sizes = list(features(module))
-    sizes[axis.side == "out"] = len(new)
+    sizes[axis.side == "out"] = len(positions)
     pad: Record | None = None
-    if len(new) and (len(new) != axis.size or (np.diff(new) != 1).any()):
-        pad = {"side": axis.side, **(_blocks(new, axis.size) or {"positions": new.tolist(), "size": axis.size})}
-    elif len(new) != axis.size:
+    if len(positions) and (len(positions) != axis.size or (np.diff(positions) != 1).any()):
+        pad = {
+            "side": axis.side,
+            **(_blocks(positions, axis.size) or {"positions": positions.tolist(), "size": axis.size}),
+        }
+    elif len(positions) != axis.size:
         pad = {"side": axis.side, "positions": [], "size": axis.size}
     return {"in_features": sizes[0], "out_features": sizes[1], "bias": module.bias is not None, "pad": pad}
 
 
-def _blocks(new: Ints, size: int) -> Record | None:
-    """The places as equal blocks at equal distances, where they are that."""
-    starts = new[np.r_[True, np.diff(new) != 1]]
-    width = len(new) // len(starts)
+def _blocks(positions: Ints, size: int) -> Record | None:
+    """The positions as equal blocks at equal distances, where they are that."""
+    starts = positions[np.r_[True, np.diff(positions) != 1]]
+    width = len(positions) // len(starts)
     padded = size // len(starts)
     regular = np.arange(len(starts))[:, None] * padded + np.arange(width)
-    if padded * len(starts) != size or not np.array_equal(regular.ravel(), new):
+    if padded * len(starts) != size or not np.array_equal(regular.ravel(), positions):
         return None
     return {"blocks": len(starts), "width": width, "padded": padded}

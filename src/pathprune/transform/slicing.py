@@ -10,24 +10,32 @@ cache and every attention kernel work unchanged, while the parameters stay small
   ``Pair.fewer``), what is kept stays in its dense place, with zeros around it;
 * a layer that lost its attention has zero heads.
 
-Here is what is left of the weights; modules of those shapes are made in ``pathprune.transform.shapes``, stacked experts
-are in ``pathprune.transform.experts``.
+``sliced_tensors`` gives the small model's weights, one by one, from wherever the dense ones are: from a model for
+``slice_model``, from files for ``pathprune.checkpoint.load_slice``. Modules of those shapes are made in
+``pathprune.transform.modules``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.selection import Selection
 from pathprune.model.contexts import M, copied
+from pathprune.model.identity import check_base
 from pathprune.model.linear import linear_map
-from pathprune.transform.delta import at_size
-from pathprune.transform.experts import check_experts, sliced_stacks
-from pathprune.transform.folding import sliced_map
+from pathprune.transform.attach import attach_record
+from pathprune.transform.delta import weights_at
+from pathprune.transform.experts import check_experts, scaled_stack, stacks
+from pathprune.transform.folding import Moments, sliced_map
 from pathprune.transform.modules import shape_attention, sized_map
-from pathprune.transform.plan import plan
+from pathprune.transform.plan import Axis, plan
 from pathprune.transform.record import Record
+from pathprune.transform.weights import WeightSource
 
 
 def slice_model(model: M, selection: Selection) -> M:
@@ -40,44 +48,72 @@ def slice_model(model: M, selection: Selection) -> M:
     Raises:
         MismatchError: the selection belongs to another model, or to other weights of it; or the widths of experts are
             such that their kernel cannot read them.
-    """
-    from pathprune.model.identity import check_base
-    from pathprune.transform.attach import attach_record
 
+    Example:
+        >>> small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
+        >>> small.num_parameters() < model.num_parameters()
+        True
+    """
     check_base(model, selection.pairs)
     small, record = slice_modules(model, selection)
     attach_record(small, record, selection)
     return small
 
 
+@torch.no_grad()
 def slice_modules(model: M, selection: Selection) -> tuple[M, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
-    with at_size(model, selection):
-        return _slice_modules(model, selection)
-
-
-def _slice_modules(model: M, selection: Selection) -> tuple[M, Record]:
     axes, record = plan(model, selection)
     check_experts(model, record)
-    memo: dict[int, Any] = {}
-    parts: dict[str, list[tuple[Pair, Slot]]] = {}
-    for pair in selection.pairs:
-        for slot in pair.slots:
-            parts.setdefault(slot.module, []).append((pair, slot))
-    for name, axis in axes.items():
-        old = linear_map(model, name)
-        weight, bias = sliced_map(old, axis, parts[name], selection)
-        new = sized_map(old, record["modules"][name], old.weight.device)
-        new.weight.data.copy_(weight)
-        new.weight.requires_grad_(old.weight.requires_grad)
-        if new.bias is not None and bias is not None:
-            new.bias.data.copy_(bias)
-            new.bias.requires_grad_(old.weight.requires_grad if old.bias is None else old.bias.requires_grad)
-        new.train(old.training)
-        memo[id(old)] = new  # the copy of the model takes the small map in place of a copy of the large one
-    for pair in selection.pairs:
-        if pair.stacked and not selection.keep[pair.name].all():
-            memo |= sliced_stacks(model, pair, selection)
+    memo: dict[int, Any] = {}  # the copy of the model takes what is small in place of a copy of what is large
+    for name in axes:
+        dense = linear_map(model, name)
+        memo[id(dense)] = sized_map(dense, record["modules"][name], torch.device("meta")).train(dense.training)
+    moments = Moments(selection.fill, selection.centre, selection.covariance)
+    for name, tensor in sliced_tensors(weights_at(model, selection), model, axes, selection, moments):
+        owner, _, attribute = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        old = getattr(module, attribute)
+        if tensor is old:
+            continue  # the copy of the model copies it
+        parameter = nn.Parameter(tensor, requires_grad=(module.weight if old is None else old).requires_grad)
+        if owner in axes:
+            setattr(memo[id(module)], attribute, parameter)
+        else:
+            memo[id(old)] = parameter
     small = copied(model, memo)
     shape_attention(small, record)
     return small, record
+
+
+def sliced_tensors(
+    source: WeightSource, model: nn.Module, axes: Mapping[str, Axis], selection: Selection, moments: Moments
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each of the small model's tensors; those that stay as they are come last, as the source has
+    them.
+
+    Args:
+        source: of the dense model's weights.
+        model: the dense model, which need have no weights.
+        axes: from ``plan``.
+    """
+    slots: dict[str, list[tuple[Pair, Slot]]] = {}
+    for pair in selection.pairs:
+        for slot in pair.slots:
+            slots.setdefault(slot.module, []).append((pair, slot))
+    given = set()
+    for module, axis in axes.items():
+        weight, bias = sliced_map(source, module, linear_map(model, module), axis, slots[module], selection, moments)
+        given |= {f"{module}.weight", f"{module}.bias"}
+        yield f"{module}.weight", weight
+        if bias is not None:
+            yield f"{module}.bias", bias
+    for pair in selection.pairs:
+        if pair.stacked and not selection.keep[pair.name].all():
+            for stack in stacks(pair, selection.keep[pair.name]):
+                given.add(stack.name)
+                kept = source.read(stack.name, stack.dim, stack.indices)
+                yield stack.name, scaled_stack(kept, stack, pair, selection)
+    for name in source.names:
+        if name not in given:
+            yield name, source.whole(name)

@@ -23,8 +23,7 @@ from pathprune.model.contexts import M, copied
 from pathprune.model.identity import check_base, identify
 from pathprune.model.linear import linear_map
 from pathprune.transform.attach import own_names
-from pathprune.transform.folding import axis_first, rotate, through
-from pathprune.transform.reconstruction import constant
+from pathprune.transform.folding import Moments, axis_first, rotate
 from pathprune.types import Floats, Ints
 
 
@@ -85,6 +84,7 @@ def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
     base = path.pairs.base
     here = identify(model, base.macs_per_token, base.macs_per_sequence)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = Moments(path.fill, path.centre, path.covariance)
     fill_sum: dict[str, Floats] = {}
     normal: dict[str, Floats] = {}
     delta_sum: dict[str, Floats] = {}
@@ -97,26 +97,13 @@ def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
         if (name := names[id(module.weight)]) in path.delta:
             parts.append((delta_sum, delta_normal, torch.from_numpy(path.delta[name]).to(module.weight)))
         for sums, equations, weight in parts:
-            total, right = _of_all(path, pair, axis_first(weight, module, pair.consumer.side))
-            sums[pair.name] = total
-            if right is not None:
-                equations[pair.name] = right
+            weight = axis_first(weight, module, pair.consumer.side)
+            sums[pair.name] = moments.constant(pair, weight).cpu().numpy()
+            if pair.name in path.centre:
+                every = torch.arange(len(path.centre[pair.name]), device=weight.device)
+                equations[pair.name] = moments.normal(pair, every, weight).cpu().numpy()
     pairs = PairList(path.pairs, here, path.pairs.refused)
     return replace(path, pairs=pairs, fill_sum=fill_sum, normal=normal, delta_sum=delta_sum, delta_normal=delta_normal)
-
-
-def _of_all(path: SolutionPath, pair: Pair, weight: Tensor) -> tuple[Floats, Floats | None]:
-    """What a consumer (places, d) makes of all units' constants, (d,), and its normal equations (N, d) where there is
-    compensation.
-    """
-    places = pair.consumer.index(pair.groups, pair.width)
-    if pair.name not in path.covariance:
-        return through(path.fill[pair.name], weight, places).cpu().numpy(), None
-    whole = weight[torch.from_numpy(places.ravel()).to(weight.device)].double()
-    fill, centre, covariance = (
-        torch.from_numpy(part[pair.name]).to(whole) for part in (path.fill, path.centre, path.covariance)
-    )
-    return (constant(fill, centre) @ whole).cpu().numpy(), (covariance @ whole).cpu().numpy()
 
 
 def _descending(step: Ints) -> Ints:
