@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from pathprune.family.pairs import Slot as Slot
     from pathprune.family.path import SolutionPath as SolutionPath
     from pathprune.family.selection import Selection as Selection
+    from pathprune.ranking.config import SearchConfig as SearchConfig
     from pathprune.ranking.covariance import compensate as compensate
     from pathprune.ranking.run import search as search
+    from pathprune.ranking.stepping import Search as Search
     from pathprune.recovery import recover as recover
     from pathprune.recovery.nested import elastic as elastic
     from pathprune.transform.masks import masked as masked
@@ -51,6 +53,8 @@ _HOME = {
     "Pair": "family.pairs",
     "PairList": "family.pair_list",
     "PathpruneError": "errors",
+    "Search": "ranking.stepping",
+    "SearchConfig": "ranking.config",
     "Selection": "family.selection",
     "SettingError": "errors",
     "Slot": "family.pairs",

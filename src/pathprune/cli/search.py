@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -30,6 +30,9 @@ from pathprune.cli.options import (
 )
 from pathprune.cli.output import note_stale_members, print_json, say, shell_word
 from pathprune.errors import PathpruneError
+
+if TYPE_CHECKING:
+    from pathprune.family.order import Unit
 
 
 def search(
@@ -94,7 +97,7 @@ def search(
             dynamics=dynamics,
             steps=steps,
             seed=seed,
-            unit=unit,
+            unit=cast("Unit", unit),
             multiple=multiple,
             lowest_level=lowest,
             compensate=compensate,
