@@ -43,7 +43,10 @@ def pair_list(pairs: list[Pair], *, outside: int = 0) -> PairList:
     """Pairs of a model that has ``outside`` parameters and MACs beside them."""
     linear = sum(pair.groups * pair.units * pair.unit_macs(0) for pair in pairs)
     params = sum(pair.params for pair in pairs)
-    return PairList(pairs, BaseModel("Tiny", "c" * 64, "f" * 64, params + outside, linear + outside), {"x": "a reason"})
+    base = BaseModel(
+        "Tiny", "c" * 64, "f" * 64, params + outside, linear + outside, bytes=4 * (params + outside) + 800, itemsize=4
+    )
+    return PairList(pairs, base, {"x": "a reason"})
 
 
 @st.composite
@@ -123,7 +126,7 @@ def paths(draw: st.DrawFn) -> SolutionPath:
     )
 
 
-def budgets(dense_params: int, dense_macs: int) -> st.SearchStrategy[Budget]:
+def budgets(dense_params: int, dense_macs: int, dense_bytes: int) -> st.SearchStrategy[Budget]:
     """Every kind, as fractions and as absolute numbers."""
     fractions = st.floats(0, 1, exclude_min=True) | st.sampled_from([1.0, 0.5, 0.25])
     return st.one_of(
@@ -132,6 +135,8 @@ def budgets(dense_params: int, dense_macs: int) -> st.SearchStrategy[Budget]:
         st.builds(Budget, macs=fractions),
         st.builds(Budget, params=st.integers(1, dense_params)),
         st.builds(Budget, macs=st.integers(1, dense_macs)),
+        st.builds(Budget, bytes=fractions),
+        st.builds(Budget, bytes=st.integers(1, dense_bytes)),
     )
 
 

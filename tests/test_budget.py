@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import Subject, run_model, tiny_model
+from pathprune.checkpoint.save import save_model
 from pathprune.discovery.discover import find_pairs
 from pathprune.errors import BudgetError
 from pathprune.family.budget import Budget
-from pathprune.family.costs import dense_macs
+from pathprune.family.costs import BIAS_ENTRY, dense_macs
+from pathprune.family.pair_list import PairList
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.path import SolutionPath
 from pathprune.family.selection import Selection
@@ -40,6 +45,13 @@ def cost(selection: Selection, kind: str) -> int:
                 total += inner * (slot.size + (slot.bias and slot.side == "out"))
         if kind == "params" and pair.name in selection.fill and not selection.keep[pair.name].all():
             total += 0 if pair.consumer.bias else pair.consumer.size  # the bias that takes the fill
+    if kind == "bytes":
+        tensors = [
+            len(pair.consumer.module) + BIAS_ENTRY
+            for pair in pairs
+            if pair.name in selection.fill and not selection.keep[pair.name].all() and not pair.consumer.bias
+        ]
+        return 4 * cost(selection, "params") + 800 + sum(tensors)
     linear = sum(pair.groups * pair.units * pair.unit_macs(0) for pair in pairs)
     outside = {
         "keep": 0,
@@ -59,11 +71,12 @@ def dense_size(path: SolutionPath, kind: str) -> int:
         "keep": path.pairs.prunable_params,
         "params": base.params,
         "macs": dense_macs(path.pairs, path.seq_len),
+        "bytes": base.bytes,
     }[kind]
 
 
 def some_budgets(path: SolutionPath) -> st.SearchStrategy[Budget]:
-    return budgets(path.pairs.base.params, dense_size(path, "macs"))
+    return budgets(path.pairs.base.params, dense_size(path, "macs"), path.pairs.base.bytes)
 
 
 @given(st.data(), paths())
@@ -77,7 +90,7 @@ def test_a_budget_is_kept_and_missed_by_less_than_the_next_removal(data: st.Data
         with pytest.raises(BudgetError, match=r"the path's smallest model, with every pair removed, has") as error:
             path.select(budget)
         assert f"{smallest:,} of {dense:,}" in str(error.value)
-        remedy = re.search(r"ask for (params|macs)=([\d.]+) or more$", str(error.value))
+        remedy = re.search(r"ask for (params|macs|bytes)=([\d.]+) or more$", str(error.value))
         assert remedy
         value = float(remedy[2]) if isinstance(budget.value, float) else int(remedy[2])
         path.select(Budget(**{remedy[1]: value}))  # following the advice works
@@ -96,6 +109,7 @@ def test_a_selection_counts_itself(path: SolutionPath, removals: int) -> None:
     assert selection.pair_params == cost(selection, "keep")
     assert selection.params == cost(selection, "params")
     assert selection.macs == cost(selection, "macs")
+    assert selection.bytes == cost(selection, "bytes")
     facts = selection.to_dict()
     assert facts["params"] == selection.params
     assert facts["widths"].keys() == keep.keys()
@@ -119,7 +133,7 @@ def test_selections_are_nested_whatever_their_budgets(data: st.DataObject, path:
 
 @given(paths())
 def test_everything_is_kept_where_everything_is_allowed(path: SolutionPath) -> None:
-    dense = {kind: dense_size(path, kind) for kind in ("params", "macs")}
+    dense = {kind: dense_size(path, kind) for kind in ("params", "macs", "bytes")}
     for budget in (
         Budget(keep=1.0),
         Budget(params=1.0),
@@ -133,7 +147,7 @@ def test_everything_is_kept_where_everything_is_allowed(path: SolutionPath) -> N
         assert selection.macs == dense["macs"]
 
 
-@given(paths(), st.sampled_from(["params", "macs"]))
+@given(paths(), st.sampled_from(["params", "macs", "bytes"]))
 def test_more_than_the_dense_model_is_taken_for_a_slip(path: SolutionPath, kind: str) -> None:
     dense = dense_size(path, kind)
     with pytest.raises(BudgetError, match=rf"{kind}={dense + 1} is more than the dense model's {dense:,}; ask for"):
@@ -205,6 +219,38 @@ def test_sizes_are_those_of_the_real_sliced_model(subject: Subject, case: str) -
     small = slice_model(subject.model, selection)
     assert selection.params == sum(parameter.numel() for parameter in small.parameters())
     assert selection.macs == real_macs(small, selection.seq_len)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.9, 0.7, 0.6])
+def test_a_file_is_as_small_as_was_asked(subject: Subject, size: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    path = SolutionPath.from_scores(subject.pairs, {pair.name: generator.random(pair.shape) for pair in subject.pairs})
+    path = replace(path, fill={pair.name: np.ones((pair.groups, pair.width)) for pair in path.pairs if pair.fillable})
+    whole = copy.deepcopy(subject.model).to(dtype)
+    whole.save_pretrained(tmp_path / "dense")
+    limit = round(size * bytes_of_weights(tmp_path / "dense"))
+    selection = path.select(Budget(bytes=limit), itemsize=dtype.itemsize)
+    save_model(slice_model(whole, selection), tmp_path / "small")
+    found = bytes_of_weights(tmp_path / "small")
+    assert found <= limit
+    kept = path.order.keep(selection.removals - 1)
+    step = sum(int((kept[p.name] ^ selection.keep[p.name]).sum()) * p.unit_params for p in path.pairs)
+    headers = 100 + (BIAS_ENTRY + 40) * len(path.pairs)  # of the dense model's numbers and of biases, at the most
+    assert found >= limit - step * dtype.itemsize - headers
+
+
+def bytes_of_weights(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
+
+
+def test_a_path_of_0_1_0_says_that_it_does_not_know_bytes(subject: Subject) -> None:
+    path = SolutionPath.from_scores(subject.pairs, {pair.name: np.ones(pair.shape) for pair in subject.pairs})
+    base = replace(path.pairs.base, bytes=0, itemsize=0)
+    old = replace(path, pairs=PairList(path.pairs, base))
+    assert old.select(Budget(keep=0.5)).bytes is None
+    with pytest.raises(BudgetError, match=r"does not say how many bytes .* search again, or ask for params="):
+        old.select(Budget(bytes=0.5))
 
 
 def test_a_pooler_counts_once_a_sequence() -> None:

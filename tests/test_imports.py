@@ -151,3 +151,19 @@ def test_nothing_is_pickled(module: str) -> None:
     assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     assert not {"torch.load", "torch.save", "np.load", "np.save", "eval", "exec"} & set(names(tree))
     assert "allow_pickle" not in ast.unparse(tree)
+
+
+@pytest.mark.parametrize("old", sorted(pathprune._moved.MOVED))
+def test_modules_work_under_their_old_names(old: str, python: Callable[..., Any]) -> None:
+    new = pathprune._moved.MOVED[old]
+    done = python(
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as heard:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    import pathprune.{old}\n"
+        f"import pathprune.{new}\n"
+        f"old, new = vars(pathprune.{old}), vars(pathprune.{new})\n"
+        "assert all(old[name] is value for name, value in new.items() if not name.startswith('__'))\n"
+        f"assert [f'pathprune.{new} now' in str(one.message) for one in heard] == [True], heard\n"
+    )
+    assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.image_utils import load_image
 
 import pathprune as pp
-from pathprune.cli.inputs import make_batches, read_data
+from pathprune.cli.inputs import DataOptions, make_batches, read_data
 from pathprune.cli.models import load_dense
 from pathprune.data.images import Images
 from pathprune.data.text import first_tokens, packed, tokenized
@@ -145,8 +145,8 @@ def test_padded_texts_are_as_the_tokenizer_pads_them(template: str, side: str) -
 def batches(model: Any, folder: Path, texts: list[str], prefix: str | None = None) -> list[dict[str, Any]]:
     """What the command line feeds."""
     (folder / "texts.txt").write_text("\n".join(texts))
-    given = read_data(folder / "texts.txt", "text", "label", "auto", 0)
-    return list(make_batches(model, str(folder), given, None, None, prefix))
+    options = DataOptions(folder / "texts.txt", prefix=prefix)
+    return list(make_batches(model, str(folder), options, read_data(options)))
 
 
 @pytest.mark.parametrize(("kind", "template"), [("T5", "$A </s>"), ("Bart", "<s> $A </s>")])

@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from pathprune.errors import PathpruneError as PathpruneError
     from pathprune.errors import SettingError as SettingError
     from pathprune.errors import UnsupportedModelError as UnsupportedModelError
+    from pathprune.evaluation import fidelity as fidelity
+    from pathprune.evaluation import latency as latency
     from pathprune.family.budget import Budget as Budget
     from pathprune.family.pair_list import PairList as PairList
     from pathprune.family.pairs import Pair as Pair
     from pathprune.family.pairs import Slot as Slot
     from pathprune.family.path import SolutionPath as SolutionPath
     from pathprune.family.selection import Selection as Selection
+    from pathprune.objectives.base import Objective as Objective
+    from pathprune.objectives.targets import Targets as Targets
     from pathprune.ranking.config import SearchConfig as SearchConfig
     from pathprune.ranking.covariance import compensate as compensate
     from pathprune.ranking.run import search as search
@@ -50,6 +54,7 @@ _HOME = {
     "BudgetError": "errors",
     "DataError": "errors",
     "MismatchError": "errors",
+    "Objective": "objectives.base",
     "Pair": "family.pairs",
     "PairList": "family.pair_list",
     "PathpruneError": "errors",
@@ -59,10 +64,13 @@ _HOME = {
     "SettingError": "errors",
     "Slot": "family.pairs",
     "SolutionPath": "family.path",
+    "Targets": "objectives.targets",
     "UnsupportedModelError": "errors",
     "compensate": "ranking.covariance",
     "elastic": "recovery.nested",
+    "fidelity": "evaluation",
     "find_pairs": "discovery.discover",
+    "latency": "evaluation",
     "load_model": "checkpoint.other_libraries",
     "load_slice": "checkpoint.load_slice",
     "masked": "transform.masks",

@@ -49,6 +49,11 @@ def fidelity(
 
     Raises:
         DataError: the data is empty, or does not fit the model or the objective.
+
+    Example:
+        >>> small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
+        >>> 0 < pp.fidelity(small, model, batches) < 1
+        True
     """
     return fidelities([model], teacher, data, objective)[0]
 
@@ -85,6 +90,10 @@ def latency(models: Sequence[nn.Module], batch: Mapping[str, Tensor], *, seconds
 
     Raises:
         SettingError: ``seconds`` is not a finite number, or there is no model.
+
+    Example:
+        >>> small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
+        >>> dense_seconds, small_seconds = pp.latency([model, small], batches[0])
     """
     if not models or not 0 <= seconds < math.inf:
         raise SettingError(f"{len(models)} models for seconds={seconds}: it takes a model and a finite time")

@@ -46,7 +46,7 @@ class Registry(Mapping[str, T], Generic[T]):
             SettingError: the name is taken.
         """
         if name in self and self._values.get(name) is not value:
-            raise SettingError(f"there is a {self.what} {name!r} already; choose another name")
+            raise SettingError(f"the {self.what} {name!r} is there already; choose another name")
         self._values[name] = value
         return value
 

@@ -31,6 +31,20 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ArtifactError: the folder holds no such model, or that of another architecture.
+
+    Example:
+        >>> class Mlp(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc1, self.fc2 = torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)
+        ...     def forward(self, x):
+        ...         return self.fc2(torch.relu(self.fc1(x)))
+        >>> mlp, inputs = Mlp(), {"x": torch.randn(3, 4)}
+        >>> pairs = pp.find_pairs(mlp, inputs)
+        >>> mlp_path = pp.SolutionPath.from_scores(pairs, {"mlp": torch.rand(1, 16)})
+        >>> pp.save_model(pp.slice_model(mlp, mlp_path.select(pp.Budget(keep=0.5))), folder / "mlp")
+        >>> pp.load_model(Mlp(), folder / "mlp").fc1.out_features
+        8
     """
     folder = Path(folder)
     try:

@@ -65,6 +65,13 @@ def save_model(
 
     Raises:
         ArtifactError: the folder cannot be written, holds something that is not a model, or is ``source``.
+
+    Example:
+        >>> small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
+        >>> pp.save_model(small, folder / "half")
+        >>> loaded = AutoModel.from_pretrained(folder / "half")  # any process that imported pathprune
+        >>> loaded.num_parameters() == small.num_parameters() < model.num_parameters()
+        True
     """
     folder = check_free(folder, *([] if source is None else [source]))
     files = None if source is None else _small_files(source, model)

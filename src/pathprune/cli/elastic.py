@@ -7,22 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pathprune.cli.inputs import describe_batches, make_batches, read_data
+from pathprune.cli.inputs import DataOptions, describe_batches, make_batches, read_data, reads_data
 from pathprune.cli.models import check_model, load_dense
 from pathprune.cli.options import (
-    BatchOpt,
     Bf16Opt,
-    DataOpt,
-    DeviceOpt,
-    FieldOpt,
     JsonOpt,
-    LabelFieldOpt,
-    LengthOpt,
-    MaxBadOpt,
     ModelArg,
-    ObjectiveOpt,
     OverwriteOpt,
-    PrefixOpt,
     SeedOpt,
     check_fraction,
     check_rate,
@@ -30,24 +21,17 @@ from pathprune.cli.options import (
 from pathprune.cli.output import check_out, note_stale_members, print_json, say, shell_word
 
 
+@reads_data
 def elastic(
     run: Annotated[Path, typer.Argument(help="Folder of a solution path.")],
     model: ModelArg,
-    data: DataOpt,
+    source: DataOptions,
     out: Annotated[Path, typer.Option(help="Folder for the elastic model and its path.")],
     steps: Annotated[int, typer.Option(min=1, help="Distillation steps, for all sizes together.")] = 1000,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     lowest: Annotated[float, typer.Option(help="Smallest fraction of the prunable parameters to train.")] = 0.2,
-    objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = None,
-    max_length: LengthOpt = None,
-    field: FieldOpt = "text",
-    prefix: PrefixOpt = None,
-    label_field: LabelFieldOpt = "label",
-    max_bad: MaxBadOpt = 10,
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
-    device: DeviceOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -58,15 +42,15 @@ def elastic(
     check_fraction("--lowest", lowest)
     searched = SolutionPath.load(run)
     check_model(model)
-    given = read_data(data, field, label_field, objective, max_bad)
+    texts = read_data(source)
     from pathprune.checkpoint.save import save_model
     from pathprune.recovery import elastic as train
 
     check_out(out, overwrite, model)
     note_stale_members(out)
-    dense = load_dense(model, device)
-    batches = make_batches(dense, model, given, batch_size, max_length, prefix)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": objective, "seed": seed}
+    dense = load_dense(model, source.device)
+    batches = make_batches(dense, model, source, texts)
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "lowest": lowest, "objective": source.objective, "seed": seed}
     settings["bf16"] = bf16
     say(f"elastic: {steps} steps over {describe_batches(batches)}")
     trained, path = train(dense, searched, data=batches, progress=True, **settings)

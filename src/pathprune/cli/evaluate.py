@@ -7,35 +7,19 @@ from typing import Annotated
 
 import typer
 
-from pathprune.cli.inputs import describe_batches, make_batches, read_data
+from pathprune.cli.inputs import DataOptions, describe_batches, make_batches, read_data, reads_data
 from pathprune.cli.models import check_model, load_dense
 from pathprune.cli.options import (
-    BatchOpt,
-    DataOpt,
-    DeviceOpt,
-    FieldOpt,
     JsonOpt,
-    LabelFieldOpt,
-    LengthOpt,
-    MaxBadOpt,
-    ObjectiveOpt,
-    PrefixOpt,
 )
 from pathprune.cli.output import print_json
 
 
+@reads_data
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders of sliced models.")],
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
-    data: DataOpt,
-    objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = None,
-    max_length: LengthOpt = None,
-    field: FieldOpt = "text",
-    prefix: PrefixOpt = None,
-    label_field: LabelFieldOpt = "label",
-    max_bad: MaxBadOpt = 10,
-    device: DeviceOpt = None,
+    source: DataOptions,
     as_json: JsonOpt = False,
 ) -> None:
     """Compare sliced models with the dense one: fidelity on unseen data, size, and latency in turns.
@@ -45,17 +29,17 @@ def evaluate(
     """
     for name in (teacher, *models):
         check_model(name)
-    given = read_data(data, field, label_field, objective, max_bad)
+    texts = read_data(source)
     from pathprune.data.batches import Batches
     from pathprune.evaluation import bytes_on_disk, fidelities, latency
     from pathprune.objectives.choose import get_objective, objective_name
     from pathprune.objectives.targets import Targets
 
-    dense = load_dense(teacher, device)
-    batches = make_batches(dense, teacher, given, batch_size, max_length, prefix)
-    loaded = [dense, *(load_dense(model, device) for model in models)]
+    dense = load_dense(teacher, source.device)
+    batches = make_batches(dense, teacher, source, texts)
+    loaded = [dense, *(load_dense(model, source.device) for model in models)]
     timing = Batches(dense, batches).first
-    goal = get_objective(objective, dense, timing)
+    goal = get_objective(source.objective, dense, timing)
     times = latency(loaded, timing)
     qualities = fidelities(loaded, Targets(dense, goal), batches)
     rows = [

@@ -4,65 +4,89 @@ from __future__ import annotations
 
 import inspect as signatures
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pathprune.errors import DataError, PathpruneError, SettingError
 
 if TYPE_CHECKING:
     from pathprune.reading import Texts
-from pathprune.cli.options import WINDOW
+from pathprune.cli.options import (
+    WINDOW,
+    BatchOpt,
+    DataOpt,
+    DeviceOpt,
+    FieldOpt,
+    LabelFieldOpt,
+    LengthOpt,
+    MaxBadOpt,
+    ObjectiveOpt,
+    PrefixOpt,
+)
 from pathprune.cli.output import say
 
 
 @dataclass(frozen=True)
-class UserData:
-    """What --data holds, as far as can be seen before a model is loaded.
+class DataOptions:
+    """The options of every command that reads data, in the order in which the help shows them."""
 
-    Attributes:
-        texts: None of a folder of images.
-        task: labels are wanted.
-    """
-
-    data: Path
-    texts: Texts | None
-    field: str
-    label_field: str
-    task: bool
-    max_bad: int
+    data: DataOpt
+    objective: ObjectiveOpt = "auto"
+    batch_size: BatchOpt = None
+    max_length: LengthOpt = None
+    field: FieldOpt = "text"
+    prefix: PrefixOpt = None
+    label_field: LabelFieldOpt = "label"
+    max_bad: MaxBadOpt = 10
+    device: DeviceOpt = None
 
 
-def read_data(data: Path, field: str, label_field: str, objective: str, max_bad: int) -> UserData:
-    """Read the texts, or look for images.
+def reads_data(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``DataOptions`` in place of its parameter ``source``, which gets them."""
+    hints = {**get_type_hints(DataOptions, include_extras=True), **get_type_hints(command, include_extras=True)}
+    defaults = signatures.signature(DataOptions).parameters
+    parameters = []
+    for name, parameter in signatures.signature(command).parameters.items():
+        parameters += [*defaults.values()] if name == "source" else [parameter]
+    keywords = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        source = DataOptions(**{name: given.pop(name) for name in defaults})
+        command(source=source, **given)
+
+    run.__signature__ = signatures.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keywords}
+    return run
+
+
+def read_data(options: DataOptions) -> Texts | None:
+    """The texts; ``None`` of a folder of images.
 
     Raises:
         DataError: there is nothing to read.
     """
     from pathprune.reading import image_files, read_file
 
-    task = objective == "task"
-    if data.is_dir():
-        files = image_files(data)
-        say(f"found {len(files):,} images in {data}")
-        return UserData(data, None, field, label_field, task, max_bad)
-    texts = read_file(data, field)
+    if options.data.is_dir():
+        say(f"found {len(image_files(options.data)):,} images in {options.data}")
+        return None
+    texts = read_file(options.data, options.field)
     say(texts.summary)
-    return UserData(data, texts, field, label_field, task, max_bad)
+    return texts
 
 
-def make_batches(
-    model: Any, source: str, given: UserData, batch_size: int | None, max_length: int | None, prefix: str | None
-) -> Iterable[dict[str, Any]]:
+def make_batches(model: Any, source: str, options: DataOptions, read: Texts | None) -> Iterable[dict[str, Any]]:
     """A folder is images; a file is texts: full windows for a language model, else one padded line each."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from pathprune.data.images import Images
     from pathprune.data.text import packed, tokenized
 
-    data = given.data
-    if given.task and "labels" not in signatures.signature(model.forward).parameters:
+    data, task, batch_size = options.data, options.objective == "task", options.batch_size
+    if task and "labels" not in signatures.signature(model.forward).parameters:
         raise DataError(
             f"--objective task is the model's own loss on labels, and {type(model).__name__} has none; "
             "give a model with its head, or use --objective auto"
@@ -73,24 +97,26 @@ def make_batches(
     except (OSError, ValueError) as error:
         what = "a folder, of images," if data.is_dir() else "a file, of texts,"
         raise PathpruneError(f"--data {data} is {what} and {source} has nothing to read them with: {error}") from error
-    if given.texts is None:
-        labels = _known_labels(model) if given.task else None
-        return Images(data, reader, batch_size=batch_size or 16, max_bad=given.max_bad, labels=labels)
+    if read is None:
+        labels = _known_labels(model) if task else None
+        return Images(data, reader, batch_size=batch_size or 16, max_bad=options.max_bad, labels=labels)
     tokenizer = reader
-    texts = _as_served(source, given.texts.texts, tokenizer, prefix)
+    texts = _as_served(source, read.texts, tokenizer, options.prefix)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # what stands there is masked
     if model.can_generate() and not model.config.is_encoder_decoder:
         longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
-        batches = packed(texts, tokenizer, batch_size=batch_size or 4, length=max_length or min(WINDOW, longest))
-        return [{**batch, "labels": batch["input_ids"]} for batch in batches] if given.task else batches
-    length = _length(model, texts, tokenizer, max_length)
+        batches = packed(
+            texts, tokenizer, batch_size=batch_size or 4, length=options.max_length or min(WINDOW, longest)
+        )
+        return [{**batch, "labels": batch["input_ids"]} for batch in batches] if task else batches
+    length = _length(model, texts, tokenizer, options.max_length)
     batches = tokenized(texts, tokenizer, batch_size=batch_size or 16, max_length=length)
     if model.can_generate():  # an encoder-decoder writes each text again
         for batch in batches:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    elif given.task:
-        _label(batches, model, given)
+    elif task:
+        _label(batches, model, options)
     return batches
 
 
@@ -163,7 +189,7 @@ def _known_labels(model: Any) -> dict[str, int]:
     return dict(config.label2id)
 
 
-def _label(batches: list[dict[str, Any]], model: Any, given: UserData) -> None:
+def _label(batches: list[dict[str, Any]], model: Any, options: DataOptions) -> None:
     """Put labels into the batches, by the model's names or as whole numbers.
 
     Raises:
@@ -174,14 +200,15 @@ def _label(batches: list[dict[str, Any]], model: Any, given: UserData) -> None:
     from pathprune.reading import read_file
 
     known, ids = _known_labels(model), []
-    for label in read_file(given.data, given.field, given.label_field).labels or ():
+    for label in read_file(options.data, options.field, options.label_field).labels or ():
         number = known.get(str(label), int(label) if str(label).isdigit() else -1)
         if not 0 <= number < model.config.num_labels:
             some = ", ".join(str(name)[:40] for name in sorted(known, key=known.__getitem__)[:8]) + (
                 ", ..." if len(known) > 8 else ""
             )
             raise DataError(
-                f"{given.data}: the label {str(label)[:40]!r} of {given.label_field!r} is none of the model's ({some})"
+                f"{options.data}: the label {str(label)[:40]!r} of {options.label_field!r} is none of the model's "
+                f"({some})"
             )
         ids.append(number)
     start = 0

@@ -7,50 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
-from pathprune.cli.inputs import describe_batches, make_batches, read_data
+from pathprune.cli.inputs import DataOptions, describe_batches, make_batches, read_data, reads_data
 from pathprune.cli.models import check_model, load_dense
 from pathprune.cli.options import (
-    BatchOpt,
     Bf16Opt,
-    DataOpt,
-    DeviceOpt,
-    FieldOpt,
     JsonOpt,
-    LabelFieldOpt,
-    LengthOpt,
-    MaxBadOpt,
-    ObjectiveOpt,
     OverwriteOpt,
-    PrefixOpt,
     SeedOpt,
     check_rate,
 )
 from pathprune.cli.output import check_out, print_json, say, shell_word
 
 
+@reads_data
 def recover(
     model: Annotated[str, typer.Argument(help="Folder of a sliced model.")],
     teacher: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
-    data: DataOpt,
+    source: DataOptions,
     out: Annotated[Path, typer.Option(help="Folder for the recovered model.")],
     steps: Annotated[int, typer.Option(min=1, help="Distillation steps.")] = 300,
     lr: Annotated[
         float | None,
         typer.Option(help="Peak learning rate; by default it goes by how much of the model is gone."),
     ] = None,
+    seed: SeedOpt = 0,
+    bf16: Bf16Opt = False,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train updates of this rank (LoRA), not the weights themselves.")
     ] = None,
-    objective: ObjectiveOpt = "auto",
-    batch_size: BatchOpt = None,
-    max_length: LengthOpt = None,
-    field: FieldOpt = "text",
-    prefix: PrefixOpt = None,
-    label_field: LabelFieldOpt = "label",
-    max_bad: MaxBadOpt = 10,
-    seed: SeedOpt = 0,
-    bf16: Bf16Opt = False,
-    device: DeviceOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -58,14 +42,14 @@ def recover(
     check_rate(lr)
     for name in (model, teacher):
         check_model(name)
-    given = read_data(data, field, label_field, objective, max_bad)
+    texts = read_data(source)
     from pathprune.checkpoint.save import save_model
     from pathprune.recovery import recover as run
 
     check_out(out, overwrite, model, teacher)
-    dense, small = load_dense(teacher, device), load_dense(model, device)
-    batches = make_batches(dense, teacher, given, batch_size, max_length, prefix)
-    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": objective, "bf16": bf16}
+    dense, small = load_dense(teacher, source.device), load_dense(model, source.device)
+    batches = make_batches(dense, teacher, source, texts)
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "objective": source.objective, "bf16": bf16}
     settings["lora_rank"] = lora_rank
     say(f"recover: {steps} steps over {describe_batches(batches)}")
     recovered: Any = run(small, teacher=dense, data=batches, progress=True, **settings)
@@ -82,5 +66,5 @@ def recover(
     )
     typer.echo(
         f"Next: pathprune evaluate {shell_word(out)} --teacher {shell_word(teacher)} --data UNSEEN "
-        f"(UNSEEN: of the kind of {data}, and not in it)"
+        f"(UNSEEN: of the kind of {source.data}, and not in it)"
     )

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pathprune.cli.inputs import describe_batches, make_batches, read_data
+from pathprune.cli.inputs import DataOptions, describe_batches, make_batches, read_data, reads_data
 from pathprune.cli.models import check_model, load_dense
 from pathprune.cli.options import (
-    BatchOpt,
     Bf16Opt,
-    DataOpt,
-    DeviceOpt,
     DynamicsOpt,
-    FieldOpt,
     JsonOpt,
-    LabelFieldOpt,
-    LengthOpt,
-    MaxBadOpt,
     ModelArg,
-    ObjectiveOpt,
     OverwriteOpt,
-    PrefixOpt,
     SeedOpt,
     UnitOpt,
     check_fraction,
@@ -35,11 +26,11 @@ if TYPE_CHECKING:
     from pathprune.family.order import Unit
 
 
+@reads_data
 def search(
     model: ModelArg,
-    data: DataOpt,
+    source: DataOptions,
     out: Annotated[Path, typer.Option(help="Folder for the solution path and its checkpoints.")],
-    objective: ObjectiveOpt = "auto",
     dynamics: DynamicsOpt = "sampled",
     steps: Annotated[int, typer.Option(min=3, help="Forward-backward passes.")] = 400,
     unit: UnitOpt = "mixed",
@@ -50,15 +41,8 @@ def search(
     compensate: Annotated[
         bool, typer.Option(help="Tell what leaves from what stays; without, less memory and worse models.")
     ] = True,
-    batch_size: BatchOpt = None,
-    max_length: LengthOpt = None,
-    field: FieldOpt = "text",
-    prefix: PrefixOpt = None,
-    label_field: LabelFieldOpt = "label",
-    max_bad: MaxBadOpt = 10,
     seed: SeedOpt = 0,
     bf16: Bf16Opt = False,
-    device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
@@ -70,7 +54,7 @@ def search(
     if resume and not any((out / name).exists() for name in ("checkpoint.json", "path.json")):
         raise PathpruneError(f"--resume: {out} holds no search to go on with; leave it out to begin one")
     check_model(model)
-    given = read_data(data, field, label_field, objective, max_bad)
+    texts = read_data(source)
     from pathprune.ranking.checkpoint import RESUMING, held_search
     from pathprune.ranking.run import search as run
 
@@ -82,14 +66,14 @@ def search(
         )
     if overwrite:
         note_stale_members(out)
-    dense = load_dense(model, device)
-    batches = make_batches(dense, model, given, batch_size, max_length, prefix)
+    dense = load_dense(model, source.device)
+    batches = make_batches(dense, model, source, texts)
     say(f"search: {steps} steps over {describe_batches(batches)}")
     try:
         path = run(
             dense,
             batches,
-            objective=objective,
+            objective=source.objective,
             out=out,
             resume=resume,
             overwrite=overwrite,

@@ -50,6 +50,13 @@ def find_pairs(
     Raises:
         UnsupportedModelError: no pair was found or proved; the message says what was found.
         DataError: the model cannot read ``inputs``.
+
+    Example:
+        >>> pairs = pp.find_pairs(model)
+        >>> pairs[0].name, pairs[0].shape
+        ('encoder.layer.0.attention.qk', (4, 8))
+        >>> f"{pairs.prunable_params / pairs.base.params:.0%} of the model can be pruned"
+        '76% of the model can be pruned'
     """
     check_usable(model)
     if any(

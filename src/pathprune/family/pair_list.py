@@ -48,6 +48,11 @@ class PairList(list[Pair]):
         pairs: in forward order.
         base: the model they were found in.
         refused: sublayer name -> why it offers no pair.
+
+    Example:
+        >>> pairs = pp.find_pairs(model)
+        >>> len(pairs), pairs.prunable_params
+        (6, 14624)
     """
 
     def __init__(self, pairs: Iterable[Pair], base: BaseModel, refused: dict[str, str] | None = None) -> None:

@@ -78,6 +78,11 @@ class Slot:
         parameter: name of the stacked weight (experts, out, in) that holds one such map an expert,
             the expert being the group; empty where ``module`` itself is the map.
         transposed: whether that weight is (experts, in, out).
+
+    Example:
+        >>> slot = pp.Slot("attention.query", "out", size=32, repeat=1, bias=True)
+        >>> slot.index(groups=4, width=8).shape  # G, R, D
+        (4, 1, 8)
     """
 
     module: str
@@ -160,6 +165,12 @@ class Pair:
         calls: positions that one group sees for each token: 1, or more where layers share the
             maps, or less where each expert sees a part of the tokens.
         once: ``calls`` is for each sequence (a pooler, the image beside a text).
+
+    Example:
+        >>> up, down = pp.Slot("up", "out", 32), pp.Slot("down", "in", 32)
+        >>> pair = pp.Pair("block.mlp", "mlp", "block", groups=1, width=48, slots=(up, down))
+        >>> pair.shape, pair.unit_params
+        ((1, 48), 64)
     """
 
     name: str

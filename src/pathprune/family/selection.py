@@ -38,6 +38,12 @@ class Selection:
         budget: what was asked for.
         removals: how far along the path's order this selection lies.
         seq_len: sequence length, in tokens, at which ``macs`` is counted.
+
+    Example:
+        >>> half = path.select(pp.Budget(keep=0.5))
+        >>> half.fraction <= 0.5
+        True
+        >>> heads, width = half.widths(path.pairs[0])
     """
 
     pairs: PairList

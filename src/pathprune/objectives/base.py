@@ -12,7 +12,19 @@ from pathprune.model.outputs import Batch, samples
 
 
 class Objective(Protocol):
-    """Three functions of a model's outputs."""
+    """Three functions of a model's outputs.
+
+    Example:
+        >>> class FirstToken:
+        ...     def target(self, outputs, batch):
+        ...         return outputs.last_hidden_state[:, 0]
+        ...     def loss(self, outputs, batch, target):
+        ...         return (outputs.last_hidden_state[:, 0] - target).square().mean()
+        ...     def probe(self, outputs, batch, noise):
+        ...         first = outputs.last_hidden_state[:, 0]
+        ...         return (first * torch.randn(first.shape, generator=noise)).sum()
+        >>> own = pp.search(model, batches, objective=FirstToken(), steps=20)
+    """
 
     def target(self, outputs: Any, batch: Batch) -> Tensor:
         """What is kept of the dense model's outputs."""

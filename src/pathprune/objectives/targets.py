@@ -23,6 +23,11 @@ class Targets:
 
     Up to 32 MiB for a batch and a gigabyte for all are kept; what is larger, such as the logits of a
     language model, costs a forward pass at every visit instead of memory.
+
+    Example:
+        >>> targets = pp.Targets(model, pp.objectives.EmbeddingObjective())
+        >>> small = pp.slice_model(model, path.select(pp.Budget(keep=0.5)))
+        >>> better = pp.recover(small, targets, batches, steps=2)  # the dense model runs once a batch
     """
 
     def __init__(self, teacher: nn.Module, objective: Objective) -> None:

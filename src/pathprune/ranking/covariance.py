@@ -51,6 +51,12 @@ def compensate(
         MismatchError: the path is of another model, or of one whose units are sorted.
         DataError: empty data, wrong keys, or activations that are not finite.
         SettingError: ``count`` is not positive.
+
+    Example:
+        >>> scores = {pair.name: torch.rand(pair.shape) for pair in path.pairs}
+        >>> random_path = pp.compensate(model, pp.SolutionPath.from_scores(path.pairs, scores), batches)
+        >>> sorted(random_path.covariance)[0]
+        'encoder.layer.0.attention.vo'
     """
     from pathprune.model.identity import check_base
 

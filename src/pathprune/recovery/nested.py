@@ -41,8 +41,8 @@ BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
 def elastic(
     model: nn.Module,
     path: SolutionPath,
-    *,
     data: Iterable[Mapping[str, Tensor]],
+    *,
     steps: int = 1000,
     lr: float = 3e-4,
     objective: str | Objective = "auto",
@@ -80,6 +80,10 @@ def elastic(
         MismatchError: the path belongs to another model.
         SettingError: a setting is out of range.
         DataError: empty data or one sample alone, wrong keys, or a loss that is not finite.
+
+    Example:
+        >>> trained, elastic_path = pp.elastic(model, path, batches, steps=4)
+        >>> half = pp.slice_model(trained, elastic_path.select(pp.Budget(keep=0.5)))
     """
     if not 0 < lowest < 1:
         raise SettingError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")

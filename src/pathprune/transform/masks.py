@@ -30,6 +30,14 @@ def masked(model: nn.Module, selection: Selection) -> Iterator[nn.Module]:
 
     Raises:
         MismatchError: the selection belongs to another model.
+
+    Example:
+        >>> half = path.select(pp.Budget(keep=0.5))
+        >>> with torch.no_grad(), pp.masked(model, half):
+        ...     expected = model(**batches[0]).last_hidden_state
+        >>> small = pp.slice_model(model, half)
+        >>> torch.allclose(small(**batches[0]).last_hidden_state, expected, atol=1e-4)
+        True
     """
     from pathprune.model.identity import check_base
 

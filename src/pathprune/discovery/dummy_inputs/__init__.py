@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.discovery.dummy_inputs.audio import RECORDINGS, frequencies
-from pathprune.discovery.dummy_inputs.builder import SIDE, WORDS, DoesNotApply, Inputs, Maker, parameters, two
+from pathprune.discovery.dummy_inputs.builder import SIDE, WORDS, DoesNotApply, InputBuilder, Inputs, parameters, two
 from pathprune.discovery.dummy_inputs.images import PICTURES
 from pathprune.discovery.dummy_inputs.others import ALWAYS, NEEDED, OTHERS, embedded, remembered
 from pathprune.errors import UnsupportedModelError
@@ -38,8 +38,8 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
     first: Exception | None = None
     with evaluating(model):
         tried = set()
-        maker = Maker(model, batch)
-        for inputs in _candidates(maker):
+        builder = InputBuilder(model, batch)
+        for inputs in _candidates(builder):
             shapes = tuple(
                 (name, value.shape if isinstance(value, Tensor) else value) for name, value in inputs.items()
             )
@@ -51,7 +51,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
                     model(**inputs)
             except Exception as error:
                 first = first or error
-                maker.heed(error)
+                builder.learn_from(error)
                 continue
             return inputs
     names = ", ".join(parameters(model))
@@ -62,78 +62,80 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> Inputs:
     ) from first
 
 
-def _candidates(maker: Maker) -> Iterator[Inputs]:
+def _candidates(builder: InputBuilder) -> Iterator[Inputs]:
     """Inputs to try, the fullest first."""
-    if maker.config is None or not hasattr(maker.config, "to_dict"):
-        yield from _plain_vision(maker, maker.model)
+    if builder.config is None or not hasattr(builder.config, "to_dict"):
+        yield from _plain_vision(builder, builder.model)
         return
-    if isinstance(wrapped := getattr(maker.model, "timm_model", None), nn.Module):  # its configuration has no sizes
-        yield from _plain_vision(maker, wrapped)
+    if isinstance(wrapped := getattr(builder.model, "timm_model", None), nn.Module):  # its configuration has no sizes
+        yield from _plain_vision(builder, wrapped)
         return
-    pictures: list[Any] = PICTURES if maker.picture_name() else []
-    recordings: list[Any] = RECORDINGS if {"input_features", "input_values"} & maker.parameters.keys() else []
+    pictures: list[Any] = PICTURES if builder.picture_name() else []
+    recordings: list[Any] = RECORDINGS if {"input_features", "input_values"} & builder.parameters.keys() else []
     # Everything that the model can read; then without one kind of it; then text alone.
     stages: list[list[tuple[Any, Any]]] = [list(product(pictures or [None], recordings or [None]))]
     if pictures and recordings:
         stages.append([(picture, None) for picture in pictures] + [(None, recording) for recording in recordings])
-    if (pictures or recordings) and "input_ids" in maker.parameters:
+    if (pictures or recordings) and "input_ids" in builder.parameters:
         stages.append([(None, None)])
-    main = getattr(maker.model, "main_input_name", "input_ids")
-    texts = (True, False) if main != "input_ids" and "input_ids" not in maker.required else (True,)
-    masks, bins = ((True, False), frequencies(maker)) if recordings else ((True,), [0])
-    words = [None] + (["last", "batch"] if maker.books() else [])
-    extra = [None, *(name for name in ("encoder_hidden_states", "inputs_embeds") if name in maker.parameters)]
-    for stage, maker.with_text, maker.extra, maker.codebooks in product(stages, texts, extra, words):
-        for (maker.side, maker.words), maker.masked, maker.bins in product(((SIDE, WORDS), (224, 64)), masks, bins):
+    main = getattr(builder.model, "main_input_name", "input_ids")
+    texts = (True, False) if main != "input_ids" and "input_ids" not in builder.required else (True,)
+    masks, bins = ((True, False), frequencies(builder)) if recordings else ((True,), [0])
+    words = [None] + (["last", "batch"] if builder.books() else [])
+    extra = [None, *(name for name in ("encoder_hidden_states", "inputs_embeds") if name in builder.parameters)]
+    for stage, builder.with_text, builder.extra, builder.codebooks in product(stages, texts, extra, words):
+        for (builder.side, builder.words), builder.masked, builder.bins in product(
+            ((SIDE, WORDS), (224, 64)), masks, bins
+        ):
             for picture, recording in stage:
                 try:
-                    inputs = _make(maker, picture, recording)
+                    inputs = _build(builder, picture, recording)
                 except DoesNotApply:
                     continue
                 yield inputs
-                if maker.told:
-                    yield _make(maker, picture, recording)
-                    maker.told = {}
+                if builder.stated:
+                    yield _build(builder, picture, recording)
+                    builder.stated = {}
 
 
-def _plain_vision(maker: Maker, model: nn.Module) -> Iterator[Inputs]:
+def _plain_vision(builder: InputBuilder, model: nn.Module) -> Iterator[Inputs]:
     """Pictures for a model without a configuration of ``transformers``."""
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     shape = dict(cfg).get("input_size", (3, 224, 224))
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None)
-    name = next(iter(maker.parameters))
+    name = next(iter(builder.parameters))
     if size is not None:
-        yield {name: maker.noise(maker.batch, shape[0], *two(size))}
+        yield {name: builder.noise(builder.batch, shape[0], *two(size))}
     for side in (shape[-1], SIDE):
-        yield {name: maker.noise(maker.batch, shape[0], side, side)}
+        yield {name: builder.noise(builder.batch, shape[0], side, side)}
 
 
-def _make(maker: Maker, picture: Any, recording: Any) -> Inputs:
-    names = maker.parameters
+def _build(builder: InputBuilder, picture: Any, recording: Any) -> Inputs:
+    names = builder.parameters
     inputs: Inputs = {}
     if picture is not None:
-        inputs |= picture(maker)
+        inputs |= picture(builder)
     if recording is not None:
-        inputs |= recording(maker)
+        inputs |= recording(builder)
     for name, other in OTHERS.items():
         if name in names:
-            inputs |= {key: value for key, value in other(maker).items() if key in names}
-    if "input_ids" in names and (maker.with_text or not inputs):
-        inputs |= maker.text(inputs)
+            inputs |= {key: value for key, value in other(builder).items() if key in names}
+    if "input_ids" in names and (builder.with_text or not inputs):
+        inputs |= builder.text(inputs)
     if "decoder_input_ids" in names:
         near = "decoder text generator"
-        inputs["decoder_input_ids"] = maker.ids(maker.words, maker.vocabulary(near), maker.codebooks)
-    for name in maker.parameters:
-        needed = name in maker.required or (name == "lang_ids" and maker.entry("languages"))
-        make = ALWAYS.get(name) or (NEEDED.get(name) if needed else None)
-        if make is not None and name not in inputs:
-            value = make(maker, inputs)
+        inputs["decoder_input_ids"] = builder.ids(builder.words, builder.vocabulary(near), builder.codebooks)
+    for name in builder.parameters:
+        needed = name in builder.required or (name == "lang_ids" and builder.entry("languages"))
+        build = ALWAYS.get(name) or (NEEDED.get(name) if needed else None)
+        if build is not None and name not in inputs:
+            value = build(builder, inputs)
             inputs |= {} if value is None else {name: value}
-    if maker.extra == "encoder_hidden_states" and maker.extra not in inputs:
-        inputs[maker.extra] = remembered(maker, inputs)
-    if maker.extra == "inputs_embeds" and inputs.pop("input_ids", None) is not None:
-        inputs[maker.extra] = embedded(maker, inputs)
-    if "use_cache" in names or hasattr(maker.config, "use_cache"):
+    if builder.extra == "encoder_hidden_states" and builder.extra not in inputs:
+        inputs[builder.extra] = remembered(builder, inputs)
+    if builder.extra == "inputs_embeds" and inputs.pop("input_ids", None) is not None:
+        inputs[builder.extra] = embedded(builder, inputs)
+    if "use_cache" in names or hasattr(builder.config, "use_cache"):
         inputs["use_cache"] = False
     return inputs

@@ -1,4 +1,4 @@
-"""What the makers of inputs share: a model's parameters, its configuration, and texts."""
+"""What the builders of inputs share: a model's parameters, its configuration, and texts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _towers(config: Any) -> list[tuple[str, Any]]:
     return found
 
 
-class Maker:
+class InputBuilder:
     """Makes the tensors of one model's inputs."""
 
     def __init__(self, model: nn.Module, batch: int) -> None:
@@ -66,7 +66,7 @@ class Maker:
         self.device, self.dtype = tensor.device, tensor.dtype
         self.generator = torch.Generator().manual_seed(0)
         self.side, self.words, self.masked, self.bins, self.with_text = SIDE, WORDS, True, 80, True
-        self.told: dict[str, int] = {}
+        self.stated: dict[str, int] = {}
         self.codebooks: str | None = None
         self.extra: str | None = None
 
@@ -149,8 +149,8 @@ class Maker:
         keys = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features input_values"}
         if not any(key in inputs for key in keys[kind].split()):
             return 0
-        if kind in self.told:
-            return self.told[kind]
+        if kind in self.stated:
+            return self.stated[kind]
         methods = [getattr(module, f"get_{kind}_features", None) for module in self.model.modules()]
         for method in filter(None, methods):
             accepted = inspect.signature(method).parameters
@@ -164,10 +164,10 @@ class Maker:
         known = self.entry("mm_tokens_per_image", "image_seq_length", "num_image_tokens", "num_query_tokens")
         return known if isinstance(known, int) else 1
 
-    def heed(self, error: Exception) -> None:
+    def learn_from(self, error: Exception) -> None:
         """Models of transformers say how many placeholders they want."""
         if found := re.match(r"(image|video|audio) features and .* do not match.*features:? (\d+)", str(error), re.I):
-            self.told[found[1].lower()] = int(found[2]) // self.batch
+            self.stated[found[1].lower()] = int(found[2]) // self.batch
 
     # Pictures.
 
