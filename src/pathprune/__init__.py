@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pathprune.family.selection import Selection as Selection
     from pathprune.objectives.base import Objective as Objective
     from pathprune.objectives.targets import Targets as Targets
+    from pathprune.ranking.callback import SearchCallback as SearchCallback
     from pathprune.ranking.config import SearchConfig as SearchConfig
     from pathprune.ranking.covariance import compensate as compensate
     from pathprune.ranking.run import search as search
@@ -59,6 +60,7 @@ _HOME = {
     "PairList": "family.pair_list",
     "PathpruneError": "errors",
     "Search": "ranking.stepping",
+    "SearchCallback": "ranking.callback",
     "SearchConfig": "ranking.config",
     "Selection": "family.selection",
     "SettingError": "errors",

@@ -77,6 +77,11 @@ def search(
         DataError: empty data, wrong keys, or a loss that is not finite.
         MismatchError: ``resume`` with another model, other settings or other data.
         ArtifactError: ``out`` cannot be written, holds nothing to resume, or a search that is not to be overwritten.
+
+    Example:
+        >>> path = pp.search(model, batches, steps=100, progress=False)
+        >>> path.select(pp.Budget(keep=0.5)).fraction <= 0.5
+        True
     """
     config = SearchConfig(
         dynamics=dynamics,
