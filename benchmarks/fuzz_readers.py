@@ -51,6 +51,7 @@ from pathprune.report import model_card
 from pathprune.report.record import read_family, smaller_members
 from pathprune.transform.modules import shape_modules
 from pathprune.transform.record import PathpruneConfig
+from pathprune.transform.record_checks import check_record
 from recording import command, write_record
 
 SECONDS, GROWTH = 5.0, 2**30  # limits of one read, and of all in memory
@@ -441,7 +442,9 @@ def special(work: Path, targets: dict[str, Target]) -> dict[str, float]:
         begun = time.perf_counter()
         try:
             config: Any = PathpruneConfig.from_dict(changed["quantization_config"])
-            shape_modules(tiny_llama(), config.record)
+            model = tiny_llama()
+            check_record(model, config.record)
+            shape_modules(model, config.record)
             raise AssertionError(f"a record of 300,000 {what} was read")
         except PathpruneError:
             seconds[f"a record of 300,000 {what}"] = round(time.perf_counter() - begun, 3)

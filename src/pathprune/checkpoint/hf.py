@@ -25,8 +25,9 @@ from transformers.quantizers.base import HfQuantizer
 from pathprune.errors import ArtifactError
 from pathprune.transform.attach import attach_config
 from pathprune.transform.experts import check_experts
-from pathprune.transform.modules import shape_attention, shape_modules
+from pathprune.transform.modules import matched_record, shape_attention, shape_modules
 from pathprune.transform.record import METHOD, PathpruneConfig
+from pathprune.transform.record_checks import check_record
 
 
 class PathpruneLoader(HfQuantizer):
@@ -38,7 +39,8 @@ class PathpruneLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         record = _below(model, self.quantization_config.record)
-        shape_modules(model, record, doubtful=not self.quantization_config.signed)
+        check_record(model, record, doubtful=not self.quantization_config.signed)
+        shape_modules(model, record)
         sliced = {**record["modules"], **record["parameters"]}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.model, self.parts = model, {_part(model, name) for name in sliced or self.shapes}
@@ -117,38 +119,15 @@ def _part(model: Any, name: str) -> str:
 
 
 def _below(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's module names as they are in ``model``.
+    """See ``matched_record``.
 
-    A record written for a model with a task head holds for its base model, and the other way
-    round; their names differ by the base model's prefix. One written for a tower holds wherever that is.
+    Raises:
+        ArtifactError: the record is of another model.
     """
-    modules = [name for name, _ in model.named_modules()]
-    known = set(modules)
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    inside: dict[str, list[str]] = {}  # end of a name -> the names that end so
-
-    def rename(name: str) -> str:
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate in known:
-                return candidate
-        if not inside:
-            for module in modules:
-                parts = module.split(".")
-                for depth in range(1, len(parts)):
-                    inside.setdefault(".".join(parts[depth:]), []).append(module)
-        if len(found := inside.get(name, [])) == 1:
-            return found[0]
-        raise ArtifactError(
-            f"the shape record names {name[:200]}, which {type(model).__name__} does not have; "
-            "load it with the class it was saved from, or with another of the same base model"
-        )
-
-    renamed: dict[str, Any] = {}
-    for part, entries in record.items():
-        renamed[part] = {rename(name): value for name, value in entries.items()}
-        if len(renamed[part]) < len(entries):
-            raise ArtifactError(f"the shape record names a module of {type(model).__name__} twice among its {part}")
-    return renamed
+    try:
+        return matched_record(model, record)
+    except LookupError as error:
+        raise ArtifactError(str(error.args[0])) from None
 
 
 for registry in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):

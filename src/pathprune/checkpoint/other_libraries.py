@@ -16,6 +16,7 @@ from pathprune.errors import ArtifactError, MismatchError
 from pathprune.family.artifact import open_regular, read_json
 from pathprune.transform.modules import shape_attention, shape_modules
 from pathprune.transform.record import PathpruneConfig
+from pathprune.transform.record_checks import check_record
 
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
 
@@ -58,7 +59,8 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             both = recorded if isinstance(recorded, dict) else {}
             wrong = next(name for name in (*found, *both, "everything") if found.get(name) != both.get(name))
             raise ValueError(f"{wrong} in {WEIGHTS} does not have the recorded checksum; it was altered")
-        shape_modules(model, config.record, doubtful=not config.signed)
+        check_record(model, config.record, doubtful=not config.signed)
+        shape_modules(model, config.record)
         safetensors.torch.load_model(model, folder / WEIGHTS)
         shape_attention(model, config.record)
     except (

@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 
 from pathprune.checkpoint.folders import check_free, flush_to_disk, put_in_place, settle
 from pathprune.checkpoint.other_libraries import SHAPES, WEIGHTS, tensor_checksums
-from pathprune.errors import ArtifactError
+from pathprune.checkpoint.standalone import write_code
+from pathprune.errors import ArtifactError, UnsupportedModelError
 from pathprune.family.files import beside
 from pathprune.family.path import SolutionPath
 from pathprune.transform.attach import is_transformers_model
+from pathprune.transform.record import PathpruneConfig
 
 # Of tokenizers, processors and modules of sentence-transformers.
 BESIDE = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken", "[0-9]_*/*"]
@@ -47,6 +49,7 @@ def save_model(
     source: str | os.PathLike[str] | None = None,
     card: str | None = None,
     path: SolutionPath | None = None,
+    standalone: bool = False,
 ) -> None:
     """``save_pretrained`` into a folder that is complete or not there at all.
 
@@ -61,6 +64,8 @@ def save_model(
         source: folder or hub id of the dense model, whose tokenizer and other small files come along. Where the hub
             has none to give, a warning says so, and the model is saved without.
         card: content of ``README.md``.
+        standalone: have the folder bring the little code that it needs, so that it opens with
+            ``trust_remote_code=True`` where pathprune is not installed (``pathprune.checkpoint.standalone``).
         path: of this model, from ``elastic`` or ``sort_units``, saved into the same folder in the same step.
 
     Raises:
@@ -73,6 +78,11 @@ def save_model(
         >>> loaded.num_parameters() == small.num_parameters() < model.num_parameters()
         True
     """
+    recorded: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if standalone and not isinstance(recorded, PathpruneConfig):
+        raise UnsupportedModelError(
+            f"standalone=True is for sliced models of transformers; the {type(model).__name__} is none"
+        )
     folder = check_free(folder, *([] if source is None else [source]))
     files = None if source is None else _small_files(source, model)
     with beside(folder) as (part, old):
@@ -89,6 +99,8 @@ def save_model(
                         "model holds twice belongs into its _tied_weights_keys; or give each place a copy, by "
                         "copy.deepcopy"
                     ) from error
+                if standalone:
+                    write_code(model, part, recorded.to_dict())
             else:
                 safetensors.torch.save_model(model, str(part / WEIGHTS))
                 described = {**model.pathprune.to_dict(), "tensors": tensor_checksums(part / WEIGHTS)}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.family.artifact import open_artifact, open_regular, read_json, reading
 from pathprune.family.checks import CHECKS, check_array, line_checks
+from pathprune.family.learned import LARGE
 from pathprune.family.pairs import Pair, Slot
-from pathprune.family.path import FORMAT, LARGE, SolutionPath
+from pathprune.family.path import FORMAT, SolutionPath
 from pathprune.family.selection import Selection
 from pathprune.transform.delta import moved
 from pathprune.transform.folding import by_places

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -255,6 +255,24 @@ def reading(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
         safetensors.SafetensorError,
     ) as error:
         raise ArtifactError(f"{path} is not a readable {name}: {error}. Copy it again from its source") from error
+
+
+def to_tensors(parts: Mapping[str, Arrays]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by part and name as tensors, whose keys are ``<part>/<name>``."""
+    return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+
+def from_tensors(tensors: Arrays, parts: Iterable[str]) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """Tensors by part and name.
+
+    Raises:
+        KeyError: one is of none of these parts.
+    """
+    found: dict[str, dict[str, npt.NDArray[Any]]] = {part: {} for part in parts}
+    for key, array in tensors.items():
+        part, _, name = key.partition("/")
+        found[part][name] = array
+    return found
 
 
 def remove_artifact(folder: str | os.PathLike[str], name: str) -> None:

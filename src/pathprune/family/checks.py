@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,19 @@ from pathprune.types import Floats
 CHECKS = tuple(f"check{dim}" for dim in range(5))  # the weight of a Conv3d has five dimensions
 
 
-def checks(arrays: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
-    """Checksums of the rows of arrays, and of their columns.
+def checks(key: str, array: Floats, symmetric: bool) -> dict[str, npt.NDArray[Any]]:
+    """Checksums of the rows of an array, and of its columns.
 
     Returns:
-        ``check<d>/<name>`` -> CRC-32 of each place along dimension d, one of the last two; by expert where arrays of
-        three dimensions stack one for each. Of covariances: of each row up to the diagonal, which is all of it.
+        ``check<d>/<key>`` -> CRC-32 of each place along dimension d, one of the last two; by expert where an array of
+        three dimensions stacks one for each. Of a symmetric one: of each row up to the diagonal, which is all of it.
     """
-    found = {}
-    for name, array in arrays.items():
-        if name.startswith("covariance/"):
-            if np.array_equal(array, array.T):
-                rows = [zlib.crc32(row[: at + 1]) for at, row in enumerate(np.ascontiguousarray(array))]
-                found[f"check0/{name}"] = np.array(rows, dtype=np.uint32)
-            continue
-        for dim in range(max(0, array.ndim - 2), array.ndim):
-            found[f"check{dim}/{name}"] = line_checks(array, dim)
-    return found
+    if symmetric:
+        if not np.array_equal(array, array.T):
+            return {}
+        rows = [zlib.crc32(row[: at + 1]) for at, row in enumerate(np.ascontiguousarray(array))]
+        return {f"check0/{key}": np.array(rows, dtype=np.uint32)}
+    return {f"check{dim}/{key}": line_checks(array, dim) for dim in range(max(0, array.ndim - 2), array.ndim)}
 
 
 def line_checks(array: npt.NDArray[Any], dim: int) -> npt.NDArray[np.uint32]:

@@ -51,6 +51,38 @@ class Order:
         return {name: step >= removals for name, step in self.step.items()}
 
 
+@dataclass(frozen=True)
+class UnitOrder:
+    """Where the units of a pair come from, when they are sorted (``transform.sorting``).
+
+    Args:
+        heads: (G,), the old group of each new one.
+        units: (G, U), the old unit of each new one; by old group.
+    """
+
+    heads: Ints
+    units: Ints
+
+    def apply(self, array: Floats) -> Floats:
+        """Sort a (G, U) array."""
+        return np.take_along_axis(array, self.units, axis=1)[self.heads]
+
+    def places(self, inner: int) -> Ints:
+        """(N,), the old place of each new one in the N = G R D that the consumer reads."""
+        places = np.arange(inner).reshape(len(self.heads), -1, self.units.shape[1])
+        found: Ints = np.take_along_axis(places, self.units[:, None], axis=2)[self.heads].ravel()
+        return found
+
+    def apply_rows(self, array: Floats) -> Floats:
+        """Sort an (N, ...) array."""
+        return array[self.places(len(array))]
+
+    def apply_square(self, array: Floats) -> Floats:
+        """Sort both axes of an (N, N) array."""
+        places = self.places(len(array))
+        return array[np.ix_(places, places)]
+
+
 def check_widths(unit: str, multiple: int) -> None:
     """Refuse what is no rule for widths.
 

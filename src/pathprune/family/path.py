@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from pathprune.errors import ArtifactError, MismatchError, SettingError
-from pathprune.family.artifact import read_artifact, write_artifact
+from pathprune.family.artifact import from_tensors, read_artifact, to_tensors, write_artifact
 from pathprune.family.budget import Budget
-from pathprune.family.checks import CHECKS, check_array, check_invertible, checks
+from pathprune.family.checks import CHECKS, checks
 from pathprune.family.costs import Family
+from pathprune.family.learned import LARGE, LEARNED, check_learned, selected
 from pathprune.family.order import Order, Unit, check_widths, removal_order
 from pathprune.family.pair_list import PairList
 from pathprune.family.pairs import whole
@@ -27,28 +27,6 @@ from pathprune.types import Floats
 from pathprune.versions import library_versions
 
 FORMAT = 1
-
-
-# Arrays by pair (deltas: by parameter), and their precision. Those of eight bytes are of sorted paths, and let a size
-# do without the weights of the units that it lacks, to the last place.
-ARRAYS = {
-    "ranking": "f4",
-    "fill": "f4",
-    "basis": "f4",
-    "slope": "f4",
-    "output": "f4",
-    "centre": "f4",
-    "covariance": "f4",
-    "delta": "f2",
-    "fill_sum": "f8",
-    "normal": "f8",
-    "delta_sum": "f8",
-    "delta_normal": "f8",
-}
-
-
-# Of a sorted path, these are read by parts (``pathprune.checkpoint.load_slice``): ``checks`` lets a part be checked.
-LARGE = ("covariance", "normal", "delta", "delta_normal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +55,14 @@ class SolutionPath:
         trajectory: what the search did.
         config: how the search was set up; empty for a ranking from elsewhere.
         versions: of the libraries that made the path.
+
+    Example:
+        >>> path.save(folder / "run")
+        >>> again = pp.SolutionPath.load(folder / "run")  # neither torch nor the model is needed
+        >>> again == path
+        True
+        >>> again.select(pp.Budget(params=0.8)).params <= 0.8 * path.pairs.base.params
+        True
     """
 
     pairs: PairList
@@ -108,56 +94,16 @@ class SolutionPath:
         names = {pair.name for pair in self.pairs}
         if len(names) < len(self.pairs):
             raise MismatchError("two pairs have the same name")
-        for part, dtype in ARRAYS.items():  # as it will be on disk, so that saving changes no family
+        for part, row in LEARNED.items():  # as it will be on disk, so that saving changes no family
             with np.errstate(over="ignore"):  # what overflows is refused below
-                arrays = {name: np.asarray(array, dtype=dtype) for name, array in getattr(self, part).items()}
+                arrays = {name: np.asarray(array, dtype=row.dtype) for name, array in getattr(self, part).items()}
             object.__setattr__(self, part, arrays)
         if set(self.ranking) != names:
             raise MismatchError(
                 f"the ranking does not name the model's pairs: missing {sorted(names - set(self.ranking))[:3]}, "
                 f"unknown {sorted(set(self.ranking) - names)[:3]}"
             )
-        fillable = {pair.name for pair in self.pairs if pair.fillable}
-        rotatable = {pair.name for pair in self.pairs if pair.rotatable}
-        scalable = {pair.name for pair in self.pairs if pair.scalable}
-        if wrong := sorted(
-            ((set(self.fill) | set(self.fill_sum)) - fillable)
-            | (set(self.basis) - rotatable)
-            | (set(self.slope) - scalable),
-        ):
-            raise MismatchError(f"a fill, basis or slope for {wrong[0]}, which takes none or is no pair of the model")
-        if wrong := sorted(set(self.output) - {p.name for p in self.pairs if p.adjustable and p.name in self.fill}):
-            raise MismatchError(f"an output for {wrong[0]}, which has no fill or shares its consumer, or is no pair")
-        if not set(self.centre) == set(self.covariance) <= set(self.fill):
-            raise MismatchError("centre and covariance must name the same pairs, all of them with a fill")
-        if not set(self.normal) <= set(self.covariance):
-            raise MismatchError("a sorted path's covariances may not be left out: leave them out, and sort it again")
-        if not (set(self.delta_sum) <= set(self.fill_sum) and set(self.delta_normal) <= set(self.normal)):
-            raise MismatchError("delta_sum and delta_normal go with fill_sum and normal")
-        for name, array in self.delta.items():
-            check_array(f"delta of {name}", array, array.shape)
-        for pair in self.pairs:
-            check_array(f"ranking of {pair.name}", self.ranking[pair.name], pair.shape)
-            if pair.name in self.fill:
-                check_array(f"fill of {pair.name}", self.fill[pair.name], (pair.groups, pair.width))
-            if pair.name in self.basis:
-                check_array(f"basis of {pair.name}", self.basis[pair.name], (pair.groups, pair.width, pair.width))
-                check_invertible(f"basis of {pair.name}", self.basis[pair.name])
-            if pair.name in self.slope:
-                check_array(f"slope of {pair.name}", self.slope[pair.name], pair.shape)
-            if pair.name in self.output:
-                check_array(f"output of {pair.name}", self.output[pair.name], (2, pair.consumer.size))
-            if pair.name in self.centre:
-                inner = (pair.groups * pair.consumer.repeat * pair.width,)
-                check_array(f"centre of {pair.name}", self.centre[pair.name], inner)
-                check_array(f"covariance of {pair.name}", self.covariance[pair.name], inner * 2)
-            for part in ("fill_sum", "delta_sum"):
-                if pair.name in getattr(self, part):
-                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], (pair.consumer.size,))
-            for part in ("normal", "delta_normal"):
-                if pair.name in getattr(self, part):
-                    shape = (*self.centre[pair.name].shape, pair.consumer.size)
-                    check_array(f"{part} of {pair.name}", getattr(self, part)[pair.name], shape)
+        check_learned(self.pairs, self.arrays)
 
     def __eq__(self, other: object) -> bool:
         return same(self, other) if isinstance(other, SolutionPath) else NotImplemented
@@ -174,7 +120,7 @@ class SolutionPath:
         unit: Unit = "mixed",
         multiple: int = 1,
         seq_len: int = 128,
-    ) -> SolutionPath:
+    ) -> Self:
         """A path from any ranking: a baseline's, or your own.
 
         Args:
@@ -193,6 +139,11 @@ class SolutionPath:
             for name, score in scores.items()
         }
         return cls(pairs, ranking, unit=unit, multiple=multiple, seq_len=seq_len, versions=library_versions())
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Floats]]:
+        """Name (``pathprune.family.learned``) -> pair name -> array."""
+        return {part: getattr(self, part) for part in LEARNED}
 
     @cached_property
     def order(self) -> Order:
@@ -223,27 +174,8 @@ class SolutionPath:
         """
         removals = budget.removals(self.family(itemsize))
         keep = self.order.keep(removals)
-        params = {pair.name: pair.unit_params for pair in self.pairs}
-        kept = sum(int(mask.sum()) * params[name] for name, mask in keep.items())
-        gone = 1 - kept / self.pairs.prunable_params
-        return Selection(
-            self.pairs,
-            keep,
-            budget,
-            removals,
-            self.seq_len,
-            self.fill,
-            self.basis,
-            scale={name: 1 + gone * slope for name, slope in self.slope.items()},
-            output={
-                name: np.stack([1 + gone * gain, gone * shift])
-                for name, (gain, shift) in self.output.items()
-                if not keep[name].all()
-            },
-            centre=self.centre,
-            covariance=self.covariance,
-            delta=self.delta,
-        )
+        bare = Selection(self.pairs, keep, budget, removals, self.seq_len)
+        return replace(bare, **selected(self.arrays, keep, bare.sparsity))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``path.json`` and its tensors into ``folder``, replacing a path that is there.
@@ -251,14 +183,13 @@ class SolutionPath:
         Raises:
             ArtifactError: the folder cannot be written; what was there is unchanged.
         """
-        tensors: dict[str, npt.NDArray[Any]] = {}
-        for part in ARRAYS:
-            for name, array in getattr(self, part).items():
-                tensors[f"{part}/{name}"] = array
-        for name in ("loss", "level", "gamma_l1"):
-            tensors[f"trajectory/{name}"] = np.asarray(getattr(self.trajectory, name), dtype=np.float32)
+        steps = {name: np.asarray(array, np.float32) for name, array in asdict(self.trajectory).items()}
+        arrays = self.arrays
+        tensors = to_tensors({**arrays, "trajectory": steps})
         if self.fill_sum:
-            tensors |= checks({name: array for name, array in tensors.items() if name.partition("/")[0] in LARGE})
+            for part in LARGE:
+                for name, array in arrays[part].items():
+                    tensors |= checks(f"{part}/{name}", array, LEARNED[part].symmetric)
         meta = {
             "format": FORMAT,
             "base": base_to_json(self.pairs.base),
@@ -278,7 +209,7 @@ class SolutionPath:
         write_artifact(folder, "path", meta, tensors)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> SolutionPath:
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read a path; the model is not needed.
 
         Raises:
@@ -289,33 +220,29 @@ class SolutionPath:
     @classmethod
     def from_artifact(
         cls, folder: str | os.PathLike[str], meta: Mapping[str, Any], tensors: Mapping[str, Floats]
-    ) -> SolutionPath:
+    ) -> Self:
         """The path of what was read from ``folder``.
 
         Raises:
             ArtifactError: malformed.
         """
-        parts: dict[str, dict[str, Floats]] = {part: {} for part in (*ARRAYS, "trajectory")}
         try:
-            for key, array in tensors.items():
-                part, _, name = key.partition("/")
-                if part in CHECKS:
-                    continue
+            content = {key: array for key, array in tensors.items() if key.partition("/")[0] not in CHECKS}
+            for key, array in content.items():
                 if array.dtype.kind != "f":
                     raise ValueError(f"{key} holds {array.dtype}, not floating-point numbers")
-                parts[part][name] = array
-            trajectory = Trajectory(**parts["trajectory"])
+            parts = from_tensors(content, (*LEARNED, "trajectory"))
+            trajectory = Trajectory(**parts.pop("trajectory"))
             shapes = [array.shape for array in (trajectory.loss, trajectory.level, trajectory.gamma_l1)]
             steps, of = max(map(len, (trajectory.loss, trajectory.level, trajectory.gamma_l1))), len(meta["pairs"])
             if {*shapes[:2]} - {(0,), (steps,)} or shapes[2] not in ((0, 0), (steps, of)):
                 raise ValueError(f"its trajectory has arrays of the shapes {shapes}")
             return cls(
                 pairs_from_json(meta["pairs"], meta["base"], meta["refused"]),
-                parts["ranking"],
                 unit=meta["unit"],
                 multiple=meta["multiple"],
                 seq_len=meta["seq_len"],
-                **{part: parts[part] for part in ARRAYS if part != "ranking"},
+                **parts,
                 trajectory=trajectory,
                 config=meta["config"],
                 versions=meta["versions"],

@@ -92,6 +92,11 @@ class Selection:
         return self.pair_params / self.pairs.prunable_params
 
     @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable parameters that leaves: 1 - ``fraction``."""
+        return 1 - self.fraction
+
+    @property
     def params(self) -> int:
         """Parameters of the whole sliced model, with the biases that fills need."""
         thinned = [pair for pair in self.pairs if not self.keep[pair.name].all()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pathprune.errors import ArtifactError, MismatchError
-from pathprune.family.artifact import read_artifact, remove_artifact, write_artifact
+from pathprune.family.artifact import from_tensors, read_artifact, remove_artifact, to_tensors, write_artifact
 from pathprune.family.pair_list import PairList
 from pathprune.family.path import SolutionPath
 from pathprune.family.serialise import base_to_json
@@ -56,19 +56,16 @@ def write_beginning(out: Path, problem: Problem) -> None:
 
 def write_statistics(out: Path, statistics: Statistics) -> None:
     """What is large and never changes: once."""
-    tensors = {f"centre/{name}": array for name, array in statistics.centre.items()}
-    tensors |= {f"covariance/{name}": array for name, array in statistics.covariance.items()}
+    tensors = to_tensors({"centre": statistics.centre, "covariance": statistics.covariance})
     write_artifact(out, "statistics", {"format": CHECKPOINT_FORMAT}, tensors)
 
 
 def write_checkpoint(out: Path, problem: Problem, statistics: Statistics, progress: Progress) -> None:
     """All that is needed to go on after the latest step."""
-    tensors = {f"state/{name}": tensor.numpy() for name, tensor in progress.state.items()}
-    for part, arrays in asdict(statistics.calibration).items():
-        tensors |= {f"{part}/{name}": array for name, array in arrays.items()}
-    trajectory = asdict(progress.trajectory(len(problem.pairs)))
-    tensors |= {f"trajectory/{name}": array for name, array in trajectory.items()}
-    write_artifact(out, "checkpoint", _description(problem, len(progress.rows)), tensors)
+    state = {name: tensor.numpy() for name, tensor in progress.state.items()}
+    parts = {"state": state, **asdict(statistics.calibration)}
+    parts["trajectory"] = asdict(progress.trajectory(len(problem.pairs)))
+    write_artifact(out, "checkpoint", _description(problem, len(progress.rows)), to_tensors(parts))
 
 
 def _description(problem: Problem, step: int | None) -> dict[str, Any]:
@@ -98,15 +95,12 @@ def read_checkpoint(out: Path, problem: Problem) -> tuple[Statistics, Progress] 
 
 
 def _parsed(problem: Problem, step: int, tensors: Mapping[str, Any]) -> tuple[Statistics, Progress]:
-    names = ("state", "basis", "mean", "std", "out", "centre", "covariance", "trajectory")
-    parts: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for key, array in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = array
+    calibrated = [field.name for field in fields(Calibration)]
+    parts = from_tensors(tensors, ("state", *calibrated, "centre", "covariance", "trajectory"))
     steps = [parts["trajectory"][name].tolist() for name in ("loss", "level", "gamma_l1")]
     if not 0 < step <= problem.config.path_steps or {step} != set(map(len, steps)):
         raise ValueError(f"step {step} of {problem.config.path_steps}")
-    calibration = Calibration(parts["basis"], parts["mean"], parts["std"], parts["out"])
+    calibration = Calibration(**{name: parts[name] for name in calibrated})
     return (
         Statistics(problem.units, calibration, parts["centre"], parts["covariance"]),
         Progress(

@@ -29,14 +29,14 @@ class Visited(NamedTuple):
     Attributes:
         mask: (N,), what each unit is multiplied by.
         density: share of the model that it keeps, for the trajectory.
-        removed: share of the prunable parameters that it lacks, by which scales and shifts of outputs grow.
+        sparsity: share of the prunable parameters that it lacks, by which scales and shifts of outputs grow.
         by_slope: (N,), derivative of the mask with respect to the slope.
         threshold: the ranking's value where the cut was made.
     """
 
     mask: Tensor
     density: float
-    removed: float = 0.0
+    sparsity: float = 0.0
     by_slope: Tensor = torch.zeros(())
     threshold: float = 0.0
 

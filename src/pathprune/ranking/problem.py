@@ -74,10 +74,11 @@ class Problem:
         mask = self.units.join({pair.name: torch.from_numpy(selection.mask(pair)) for pair in self.pairs}).float()
         keeps = {pair: selection.keep[pair.name] for pair in self.pairs}
         scaled = {pair.name: torch.from_numpy(keep & pair.scalable & ~keep.all()) for pair, keep in keeps.items()}
-        removed = 1 - selection.fraction
         value = path.order.value
         threshold = float(value[min(selection.removals, len(value) - 1)])
-        return Visited(mask, density, removed, removed * self.units.join(scaled).float(), threshold)
+        return Visited(
+            mask, density, selection.sparsity, selection.sparsity * self.units.join(scaled).float(), threshold
+        )
 
 
 def _identity(batches: Batches) -> dict[str, Any]:

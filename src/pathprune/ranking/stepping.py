@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pathprune.data.checks import check_finite
 from pathprune.errors import SettingError
 from pathprune.family.artifact import named_folder
+from pathprune.family.learned import LEARNED, at_sparsity
 from pathprune.family.path import SolutionPath
 from pathprune.model.identity import check_usable
 from pathprune.objectives.base import Objective
@@ -200,7 +201,7 @@ class Search:
                 part.detach().to(self.problem.batches.device).requires_grad_()
                 for part in (visited.mask, driver.fill(state), driver.output(state))
             )
-            loss = self._loss(batch, visited.removed, *leaves)
+            loss = self._loss(batch, visited.sparsity, *leaves)
             value = check_finite(loss, f"at step {number}, with {visited.density:.0%} of the model kept")
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             after = driver.update(state, number, visited, Gradients(*(grad.float().cpu() for grad in grads)))
@@ -239,9 +240,9 @@ class Search:
             versions=library_versions(),
         )
 
-    def _loss(self, batch: dict[str, Tensor], removed: float, mask: Tensor, fill: Tensor, output: Tensor) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], sparsity: float, mask: Tensor, fill: Tensor, output: Tensor) -> Tensor:
         """Of the model with a mask (N,), fills (N,) and outputs (2, M)."""
-        problem = self.problem
+        problem, dense = self.problem, torch.tensor(LEARNED["output"].dense).to(output)
         self._masks.clear()
         self._outputs.clear()
         with problem.precision():
@@ -250,8 +251,8 @@ class Search:
             self._masks.update(masks)
             self._fills.update(self._statistics.fill(fill))
             self._outputs.update(
-                (name, torch.stack([1 + removed * gain, removed * shift]))
-                for name, (gain, shift) in self._statistics.output(output).items()
+                (name, at_sparsity(dense, part, sparsity))
+                for name, part in self._statistics.output(output).items()
                 if not masks[name].all()
             )
             outputs = problem.model(**batch)

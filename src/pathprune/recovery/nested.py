@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pathprune.data.batches import Batches
 from pathprune.errors import SettingError
 from pathprune.family.budget import Budget
+from pathprune.family.learned import LEARNED, at_sparsity
 from pathprune.family.path import SolutionPath
 from pathprune.family.selection import Selection
 from pathprune.model.contexts import evaluating
@@ -92,7 +93,7 @@ def elastic(
     student, sizes = _Student(ordered, path), _Sizes(path, lowest, batches.device)
 
     def visit(step: int) -> None:
-        student.share = 1 - sizes.visit(step).fraction
+        student.sparsity = sizes.visit(step).sparsity
 
     levels = [lowest + (1 - lowest) * share for share in MEASURED]
     told = compensators(path.centre, path.covariance, batches.device)
@@ -101,7 +102,7 @@ def elastic(
 
     def size(level: float) -> Callable[[], None]:
         def there() -> None:
-            student.share = 1 - sizes.at(level).fraction
+            student.sparsity = sizes.at(level).sparsity
 
         return there
 
@@ -139,13 +140,13 @@ class _Student(nn.Module):
     """A model at the size that a step visits, and what is trained of it.
 
     Attributes:
-        share: of the deltas that this size adds.
+        sparsity: of that size, by which it adds the deltas.
         deltas: in 32 bits, of all parameters but the embedding tables.
     """
 
     def __init__(self, model: nn.Module, path: SolutionPath) -> None:
         super().__init__()
-        self.model, self.share = model, 0.0
+        self.model, self.sparsity = model, 0.0
         ids = {id(parameter) for parameter in trainable(model)}
         self.of = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
         self.deltas = nn.ParameterList()
@@ -155,7 +156,7 @@ class _Student(nn.Module):
 
     def forward(self, **batch: Tensor) -> Any:
         deltas = zip(self.of.values(), self.deltas, strict=True)
-        here = {id(parameter): moved(parameter, delta, self.share) for parameter, delta in deltas}
+        here = {id(parameter): moved(parameter, delta, self.sparsity) for parameter, delta in deltas}
         held = [
             (module._parameters, key, parameter)
             for module in self.model.modules()
@@ -208,7 +209,7 @@ class _Sizes:
             keep = selection.keep[pair.name]
             mask = torch.from_numpy(keep).to(self.device, torch.float32)
             if pair.name in self.slope and not keep.all():
-                mask = mask * (1 + (1 - selection.fraction) * self.slope[pair.name])
+                mask = mask * at_sparsity(LEARNED["slope"].dense, self.slope[pair.name], selection.sparsity)
             self.masks[pair.name] = mask
         self.fills.update(self._fill())
         return selection

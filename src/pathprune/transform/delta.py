@@ -1,7 +1,7 @@
 """Deltas: what training has added to a model's parameters, more of it the smaller the size.
 
-Where a fraction r of the prunable parameters is kept, a parameter is W + (1 - r) delta: the dense model stays what it
-was, large sizes stay near it, and small ones may go far.
+Where a fraction r of the prunable parameters is kept, a parameter is W + (1 - r) delta, the law by which all that is
+learned follows the size (``pathprune.family.learned.at_sparsity``).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pathprune.errors import MismatchError
+from pathprune.family.learned import at_sparsity
 
 if TYPE_CHECKING:
     from pathprune.family.selection import Selection
 
 
-def moved(weight: Tensor, delta: Tensor, share: float) -> Tensor:
-    """``weight`` + ``share`` * ``delta``, of the weight's dtype."""
+def moved(weight: Tensor, delta: Tensor, sparsity: float) -> Tensor:
+    """``weight`` at a size, of its own dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + share * delta.to(weight.device, wide)).to(weight.dtype)
+    return at_sparsity(weight.to(wide), delta.to(weight.device, wide), sparsity).to(weight.dtype)
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def at_size(model: nn.Module, selection: Selection) -> Iterator[None]:
     before = {name: parameters[name].data for name in selection.delta}
     try:
         for name, delta in selection.delta.items():
-            parameters[name].data = moved(before[name], torch.from_numpy(delta), 1 - selection.fraction)
+            parameters[name].data = moved(before[name], torch.from_numpy(delta), selection.sparsity)
         yield
     finally:
         for name, data in before.items():

@@ -1,4 +1,8 @@
-"""Modules of the shapes that a record names."""
+"""Modules of the shapes that a record names.
+
+This file imports nothing of pathprune: a folder that opens without it brings this very code along
+(``pathprune.checkpoint.standalone``).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
-
-from pathprune.model.linear import Map, linear_map
-from pathprune.transform.record_checks import check_consistent, check_record
 
 
 class Padding:
@@ -111,20 +112,10 @@ class _RotaryColumns:
         return args, {**kwargs, "position_embeddings": (cos[..., self.columns], sin[..., self.columns])}
 
 
-def shape_modules(model: nn.Module, record: Mapping[str, Any], *, doubtful: bool = True) -> None:
-    """Give a freshly built model the maps of a record; weights are left uninitialised.
-
-    Args:
-        doubtful: the record has no checksum.
-
-    Raises:
-        ArtifactError: the record is not that of a slice of this model.
-    """
-    check_record(model, record)
-    if doubtful:
-        check_consistent(model, record)
+def shape_modules(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a freshly built model the maps of a record; weights are left uninitialised."""
     for name, shape in record["modules"].items():
-        old = linear_map(model, name)
+        old: Any = model.get_submodule(name)
         new = sized_map(old, shape, old.weight.device)
         # The map itself changes, as a model may hold it in other places, too (Mask2Former: in lists).
         old.__class__, old.__dict__ = type(new), vars(new)
@@ -152,7 +143,7 @@ def _pad_maps(model: nn.Module, pads: Mapping[str, Mapping[str, Any]]) -> None:
     holders: dict[str, _Paddings] = {}
     for name, pad in pads.items():
         padding = Padding(**pad)
-        padding.put_on(linear_map(model, name))
+        padding.put_on(model.get_submodule(name))
         holder, _, child = name.rpartition(".")
         while isinstance(model.get_submodule(holder), nn.ModuleList | nn.ModuleDict):  # which nobody calls
             holder, _, outer = holder.rpartition(".")
@@ -163,15 +154,53 @@ def _pad_maps(model: nn.Module, pads: Mapping[str, Mapping[str, Any]]) -> None:
         holders[holder].paddings[child] = padding
 
 
-def sized_map(old: Map, shape: Mapping[str, Any], device: torch.device) -> Map:
+def sized_map(old: Any, shape: Mapping[str, Any], device: torch.device) -> Any:
     """A map like ``old`` in the sizes of a record, its weights uninitialised."""
     sizes = (shape["in_features"], shape["out_features"])
     dtype = old.weight.dtype
     with warnings.catch_warnings(), torch.device("meta"):  # weights are about to be replaced: do not draw them
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # removed attention has no features
-        new: Map
+        new: Any
         if isinstance(old, nn.Linear):
             new = (EmptyLinear if 0 in sizes else nn.Linear)(*sizes, shape["bias"], dtype=dtype)
         else:
             new = (EmptyConv1D if 0 in sizes else Conv1D)(sizes[1], sizes[0]).to(dtype)
     return new if device.type == "meta" else new.to_empty(device=device)
+
+
+def matched_record(model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record's module names as they are in ``model``.
+
+    A record written for a model with a task head holds for its base model, and the other way
+    round; their names differ by the base model's prefix. One written for a tower holds wherever that is.
+
+    Raises:
+        LookupError: it names a module that the model has not, or one twice.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    known = set(modules)
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    inside: dict[str, list[str]] = {}  # end of a name -> the names that end so
+
+    def rename(name: str) -> str:
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in known:
+                return candidate
+        if not inside:
+            for module in modules:
+                parts = module.split(".")
+                for depth in range(1, len(parts)):
+                    inside.setdefault(".".join(parts[depth:]), []).append(module)
+        if len(found := inside.get(name, [])) == 1:
+            return found[0]
+        raise LookupError(
+            f"the shape record names {name[:200]}, which {type(model).__name__} does not have; "
+            "load it with the class it was saved from, or with another of the same base model"
+        )
+
+    renamed: dict[str, Any] = {}
+    for part, entries in record.items():
+        renamed[part] = {rename(name): value for name, value in entries.items()}
+        if len(renamed[part]) < len(entries):
+            raise LookupError(f"the shape record names a module of {type(model).__name__} twice among its {part}")
+    return renamed

@@ -14,8 +14,11 @@ from pathprune.model.attention import HEADS, KINDS, SCALES, WIDTHS, head_width
 from pathprune.model.linear import Map, features, linear_map
 
 
-def check_record(model: nn.Module, record: Mapping[str, Any]) -> None:
+def check_record(model: nn.Module, record: Mapping[str, Any], *, doubtful: bool = True) -> None:
     """Refuse a record that slicing would not have written for this dense model: it comes from a file.
+
+    Args:
+        doubtful: the record has no checksum.
 
     Raises:
         ArtifactError: maps do not fit the dense ones, sizes of an attention do not go together, or not with its maps.
@@ -37,6 +40,8 @@ def check_record(model: nn.Module, record: Mapping[str, Any]) -> None:
         width = _check_sizes(name, attention, sizes)
         if name in record["rotary"]:
             _check_columns(name, record["rotary"][name], head_width(attention) or 0, width)
+    if doubtful:
+        _check_consistent(model, record)
 
 
 def _check_map(name: str, shape: Mapping[str, Any], old: Map) -> None:
@@ -139,7 +144,7 @@ def _check_columns(name: str, columns: list[int], dense: int, width: int | float
     )
 
 
-def check_consistent(model: nn.Module, record: Mapping[str, Any]) -> None:
+def _check_consistent(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Refuse a record whose parts do not go together, where no checksum says that they are as they were written."""
     modules = dict(model.named_modules())
     cut = {  # map -> the side that changes, what it has of it as seen, and in the dense model

@@ -8,12 +8,14 @@ that the layer's code tells apart (position biases), whatever the pair's proof f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathprune.family.learned import permuted
+from pathprune.family.order import UnitOrder
 from pathprune.family.pair_list import PairList
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.path import SolutionPath
@@ -34,6 +36,11 @@ def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, Solutio
 
     Raises:
         MismatchError: the path belongs to another model.
+
+    Example:
+        >>> ordered, sorted_path = pp.sort_units(model, path)
+        >>> torch.allclose(ordered(**batches[0])[0], model(**batches[0])[0], atol=1e-4)
+        True
     """
     check_base(model, path.pairs)
     if path.delta:  # which ``elastic`` has found, in sorted units
@@ -46,23 +53,6 @@ def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, Solutio
                 sort(ordered, pair, slot, orders[pair.name], path.basis.get(pair.name))
     own_names(ordered)
     return ordered, rebased(sorted_path(path, orders), ordered)
-
-
-@dataclass(frozen=True)
-class UnitOrder:
-    """Where the units of a pair come from.
-
-    Args:
-        heads: (G,), the old group of each new one.
-        units: (G, U), the old unit of each new one; by old group.
-    """
-
-    heads: Ints
-    units: Ints
-
-    def apply(self, array: Floats) -> Floats:
-        """Sort a (G, U) array."""
-        return np.take_along_axis(array, self.units, axis=1)[self.heads]
 
 
 def unit_orders(path: SolutionPath) -> dict[str, UnitOrder]:
@@ -87,26 +77,7 @@ def unit_orders(path: SolutionPath) -> dict[str, UnitOrder]:
 
 def sorted_path(path: SolutionPath, orders: dict[str, UnitOrder]) -> SolutionPath:
     """The same family by new places, without rotations."""
-
-    def moved(arrays: dict[str, Floats]) -> dict[str, Floats]:
-        return {name: orders[name].apply(array) for name, array in arrays.items()}
-
-    def inner(name: str) -> Ints:
-        """(N,), the old place of each new one in what a consumer reads."""
-        order = orders[name]
-        places = np.arange(len(path.centre[name])).reshape(len(order.heads), -1, order.units.shape[1])
-        found: Ints = np.take_along_axis(places, order.units[:, None], axis=2)[order.heads].ravel()
-        return found
-
-    return replace(
-        path,
-        ranking=moved(path.ranking),
-        fill=moved(path.fill),
-        slope=moved(path.slope),
-        centre={name: array[inner(name)] for name, array in path.centre.items()},
-        covariance={name: array[np.ix_(inner(name), inner(name))] for name, array in path.covariance.items()},
-        basis={},
-    )
+    return replace(path, **permuted(path.arrays, orders))
 
 
 def rebased(path: SolutionPath, model: nn.Module) -> SolutionPath:
