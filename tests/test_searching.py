@@ -209,6 +209,8 @@ def test_a_search_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         while search.steps_left:
             search.step()
     same_path(begun.path(), other.path())
+    same_path(other.save(), SolutionPath.load(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2  # nothing of the checkpoint
 
 
 def test_a_search_says_what_comes_first(tmp_path: Path) -> None:

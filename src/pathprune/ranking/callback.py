@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from pathprune.discovery.discover import find_pairs
@@ -62,15 +62,16 @@ class SearchCallback(TrainerCallback):
             raise SettingError(f"every={every} must be positive: training steps to one step of the search")
         self.data, self.config, self.objective, self.every, self.out = data, config, objective, every, out
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
-        self.search = Search(model, self.data, self.config, objective=self.objective)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.search = Search(kwargs["model"], self.data, self.config, objective=self.objective)
         self.search.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and self.search.steps_left:
             self._step()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.search.problem.model
         while self.search.steps_left:
             self._step()
         found = self.search.path()

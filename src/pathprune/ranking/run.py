@@ -14,7 +14,7 @@ from pathprune.family.order import Unit
 from pathprune.family.path import SolutionPath
 from pathprune.objectives.base import Objective
 from pathprune.progress import track
-from pathprune.ranking.checkpoint import RESUMING, finished_path, held_search, remove_checkpoint
+from pathprune.ranking.checkpoint import RESUMING, finished_path, held_search
 from pathprune.ranking.config import FEW_STEPS, SearchConfig, known_settings
 from pathprune.ranking.stepping import Search
 
@@ -126,11 +126,7 @@ def search(
         else:
             run.start()
         _finish(run, progress)
-    path = run.path()
-    if run.out is not None:
-        path.save(run.out)
-        remove_checkpoint(run.out)
-    return path
+    return run.path() if run.out is None else run.save()
 
 
 def _finish(run: Search, progress: bool | None) -> None:

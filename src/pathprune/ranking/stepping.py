@@ -26,6 +26,7 @@ from pathprune.ranking.checkpoint import (
     Progress,
     Row,
     read_checkpoint,
+    remove_checkpoint,
     write_beginning,
     write_checkpoint,
     write_statistics,
@@ -239,6 +240,18 @@ class Search:
             config={**asdict(self.problem.config), "data": self.problem.data},
             versions=library_versions(),
         )
+
+    def save(self) -> SolutionPath:
+        """Leave the path in ``out``, in place of the checkpoint.
+
+        Raises:
+            ArtifactError: ``out`` cannot be written.
+            SettingError: the search was not started, or has no ``out``.
+        """
+        folder, path = self._folder(), self.path()
+        path.save(folder)
+        remove_checkpoint(folder)
+        return path
 
     def _loss(self, batch: dict[str, Tensor], sparsity: float, mask: Tensor, fill: Tensor, output: Tensor) -> Tensor:
         """Of the model with a mask (N,), fills (N,) and outputs (2, M)."""
