@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,36 +24,33 @@ from pathprune.evaluation import latency
 from pathprune.objectives.embedding import EmbeddingObjective
 from pathprune.ranking.config import SearchConfig
 from pathprune.ranking.covariance import gather
-from pathprune.ranking.run import _frozen, _Run
 from recording import command, parser, search_settings, write_record
 
 
 def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
     """A search step over one forward plus one activation-only backward pass of the dense model, same batch."""
     objective = EmbeddingObjective()
-    pairs = pp.find_pairs(model)
     fresh: list[float] = []
     known: list[float] = []
     dense: list[float] = []
-    with _frozen(model):
-        config = SearchConfig(steps=10 * rounds).suited(objective, batches[0])
-        run = _Run(model, pairs, Batches(model, batches), objective, config, None, False)
-        run.start()
-        same = list(islice(iter(Batches(model, batches)), rounds))
-        for batch in same:
+    # The second visit to a batch finds the dense model's output remembered.
+    twice = [batch for batch in batches[:rounds] for _ in range(2)]
+    config = SearchConfig(steps=12 * rounds)  # 2 of 12 measure curvature, which is all of ``twice``, once
+    with pp.Search(model, twice, config, objective=objective) as search:
+        search.start()
+        for batch in batches[:rounds]:
             embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             rest = {key: value for key, value in batch.items() if key != "input_ids"}
             start = time.perf_counter()
             loss = objective.target(model(inputs_embeds=embedded, **rest), batch).sum()
             torch.autograd.grad(loss, embedded)
             dense.append(time.perf_counter() - start)
-        with run.attached():  # once, as in a search: the first step inverts the covariances
-            run.targets.known.clear()  # what gathering statistics has seen
-            for batch in same:
-                for taken in (fresh, known):  # the second visit finds the dense model's output remembered
-                    start = time.perf_counter()
-                    run._step(batch)
-                    taken.append(time.perf_counter() - start)
+        search.problem.targets.known.clear()  # what gathering statistics has seen
+        for _ in range(rounds):
+            for taken in (fresh, known):
+                start = time.perf_counter()
+                search.step()
+                taken.append(time.perf_counter() - start)
     return {
         "dense_forward_backward_seconds": median(dense),
         "step_ratio_batch_seen_before": median(b / a for a, b in zip(dense, known, strict=True)),

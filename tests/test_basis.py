@@ -16,7 +16,7 @@ from conftest import Subject, snapshot, tiny_inputs
 from pathprune.data.batches import Batches
 from pathprune.discovery.discover import find_pairs
 from pathprune.family.pairs import Pair, Slot
-from pathprune.ranking.basis import Calibration, Moments, _balance, calibrate, sensitivity
+from pathprune.ranking.basis import Calibration, Moments, balance, calibrate, sensitivity
 from pathprune.ranking.covariance import gather
 from pathprune.transform.masks import attach_masks
 
@@ -265,7 +265,7 @@ def test_a_mean_does_not_drown_what_varies_beside_it(varies: float) -> None:
     torch.testing.assert_close(mean, (constant + noise).mean(0).view(3, 8), rtol=1e-12, atol=0)
     for head, of in zip(spread, (constant + noise - constant).mT.split(8), strict=True):
         torch.testing.assert_close(head, torch.cov(of, correction=0), rtol=1e-4, atol=1e-30)
-    basis = _balance(spread, torch.eye(8, dtype=torch.float64).expand(3, -1, -1))
+    basis = balance(spread, torch.eye(8, dtype=torch.float64).expand(3, -1, -1))
     torch.testing.assert_close(torch.linalg.inv(basis) @ basis, torch.eye(8).double().expand(3, -1, -1))
 
 

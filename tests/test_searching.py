@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification, ViTModel
 
@@ -23,6 +26,7 @@ from pathprune.objectives.embedding import EmbeddingObjective
 from pathprune.objectives.targets import Targets
 from pathprune.ranking import run as searching
 from pathprune.ranking.config import SearchConfig
+from pathprune.ranking.dynamics import Driver, Gradients, Member, State, Visited
 from pathprune.registry import DYNAMICS
 
 
@@ -40,15 +44,15 @@ def same_path(a: SolutionPath, b: SolutionPath) -> None:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, data: Any, **settings: Any) -> None:
     """A search that Ctrl-C ends at its eighth step."""
-    step, calls = searching._Run._step, iter(range(100))
+    step, calls = pp.Search.step, iter(range(100))
 
-    def interrupted(self: Any, batch: Any) -> Any:
+    def interrupted(self: Any) -> Any:
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(searching._Run, "_step", interrupted)
+        patch.setattr(pp.Search, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pp.search(tiny_bert(), data, **settings)
 
@@ -87,33 +91,227 @@ def test_steps_are_all_the_backward_passes_there_are(
     assert len(path.trajectory.loss) == SearchConfig(dynamics=dynamics, steps=steps).path_steps
 
 
-def test_every_visited_mask_is_what_the_path_would_ship(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_visited_mask_is_what_the_path_would_ship() -> None:
+    """Masks, fills, bases, compensation, and scales of outputs: the model computes in a step what it will be."""
+    model, ran = tiny_bert(), []
+    model.register_forward_hook(lambda module, args, kwargs, out: ran.append((kwargs, out[0])), with_kwargs=True)
+    search = pp.Search(model, tiny_batches(), SearchConfig(steps=12, multiple=2, unit="mixed", output_lr=0.01))
+    search.start()
+    densities = set()
+    while search.steps_left:
+        path = search.path()
+        seen = search.step()
+        batch, output = ran[-1]
+        densities.add(seen.density)
+        shipped = path.select(Budget(keep=seen.density))
+        with pp.masked(model, shipped), torch.no_grad():
+            torch.testing.assert_close(model(**batch)[0], output, rtol=1e-4, atol=1e-4)
+    assert len(densities) == search.steps_done == 9
+    assert any(len(np.unique(shipped.mask(pair))) > 2 for pair in path.pairs), "masks were scaled"
+    assert any((part != [[1], [0]]).any() for part in shipped.output.values()), "outputs were scaled"
+
+
+def shuffled() -> DataLoader[Any]:
+    samples = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
+    return DataLoader(samples, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+
+
+SHORT = SearchConfig(steps=12, multiple=2)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_search_stepped_from_outside_finds_the_path_of_search(held: bool) -> None:
+    """Whatever the caller does with model and randomness between its steps."""
+    expected = pp.search(tiny_bert(), shuffled(), steps=12, multiple=2, progress=False)
+    model = tiny_bert().train()
+    search = pp.Search(model, shuffled(), SHORT)
+    seen = []
+    with search if held else nullcontext():
+        search.start()
+        while search.steps_left:
+            torch.rand(3)
+            if not held:
+                assert all(parameter.requires_grad for parameter in model.parameters())
+                assert model.training
+                assert not hooks(model)
+                model(**tiny_batches()[0])[0].sum().backward()
+            seen.append(search.step())
+    same_path(search.path(), expected)
+    assert search.path().config == expected.config
+    assert [step.step for step in seen] == list(range(9))
+    np.testing.assert_array_equal(np.array([step.loss for step in seen], np.float32), expected.trajectory.loss)
+    np.testing.assert_array_equal(np.array([step.density for step in seen], np.float32), expected.trajectory.level)
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    return [hook for module in model.modules() for hook in (module._forward_hooks, module._forward_pre_hooks) if hook]
+
+
+def test_hooks_and_flags_come_off_whatever_happens() -> None:
+    model = tiny_bert().train()
+    model.pooler.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    search = pp.Search(model, tiny_batches(), SHORT)
+
+    def fail() -> None:
+        with search:
+            search.start()
+            search.step()
+            assert hooks(model)
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            raise RuntimeError("a caller's own")
+
+    with pytest.raises(RuntimeError, match="a caller's own"):
+        fail()
+    assert not hooks(model)
+    assert model.training
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    with search:  # it goes on in another block
+        search.step()
+    assert search.steps_done == 2
+    assert not hooks(model)
+
+
+def test_a_step_that_fails_never_happened() -> None:
+    """The next one reads the same batch, of data that shuffles itself, too."""
+
+    class Breaking(EmbeddingObjective):
+        calls = 0
+
+        def loss(self, *args: Any) -> Any:
+            self.calls += 1
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().loss(*args)
+
+    search = pp.Search(tiny_bert(), shuffled(), SHORT, objective=Breaking())
+    search.start()
+    for _ in range(4):
+        search.step()
+    with pytest.raises(KeyboardInterrupt):
+        search.step()
+    assert (search.steps_done, search.steps_left) == (4, 5)
+    while search.steps_left:
+        search.step()
+    same_path(search.path(), pp.search(tiny_bert(), shuffled(), steps=12, multiple=2, progress=False))
+
+
+def test_a_search_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    begun, other = (pp.Search(tiny_bert(), shuffled(), SHORT, out=tmp_path) for _ in range(2))
+    begun.start()
+    for _ in range(4):
+        begun.step()
+    begun.checkpoint()
+    other.resume()
+    assert (other.steps_done, other.steps_left) == (4, 5)
+    same_path(begun.path(), other.path())
+    for search in (begun, other):
+        while search.steps_left:
+            search.step()
+    same_path(begun.path(), other.path())
+    same_path(other.save(), SolutionPath.load(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2  # nothing of the checkpoint
+
+
+def test_a_search_says_what_comes_first(tmp_path: Path) -> None:
+    search = pp.Search(tiny_bert(), tiny_batches(), SearchConfig(steps=3, multiple=2))
+    for early in (search.step, search.path):
+        with pytest.raises(pp.SettingError, match=r"was not started; call search\.start\(\) or search\.resume\(\)"):
+            early()
+    search.start()
+    with pytest.raises(pp.SettingError, match="was started already; make another Search"):
+        search.start()
+    with pytest.raises(pp.SettingError, match="no folder for checkpoints; make it with out="):
+        search.checkpoint()
+    with search, pytest.raises(pp.SettingError, match="in a with block already"):
+        search.__enter__()
+    search.step()
+    with pytest.raises(pp.SettingError, match=r"all 1 steps are done; take the path by search\.path\(\)"):
+        search.step()
+
+
+class ByCurvature(Driver):
+    """Units in the order of their curvature, all of them visited dense; nothing is learned."""
+
+    CURVATURE = True
+    begun: ClassVar[list[Any]] = []
+
+    def begin(self, probes: Tensor, outputs: int) -> State:
+        self.begun.append((probes.shape, outputs))
+        return {"worth": probes.square().mean(0) / self.units.params}
+
+    def visit(self, state: State, step: int, member: Member) -> Visited:
+        return Visited(torch.ones(len(self.units)), 1.0)
+
+    def update(self, state: State, step: int, visited: Visited, gradients: Gradients) -> State:
+        return state
+
+    def ranking(self, state: State) -> Tensor:
+        return state["worth"]
+
+
+class ByRows(ByCurvature):
+    ROWS = BASES = True
+
+
+@pytest.mark.parametrize(("dynamics", "rows"), [(ByCurvature, False), (ByRows, True)])
+def test_a_registered_dynamics_is_searched_with(dynamics: Any, rows: bool, tmp_path: Path) -> None:
+    """By its name, from data to a smaller model, and on from a checkpoint; it is given what it asks for and no more."""
+    name = dynamics.__name__
+    DYNAMICS.register(name, dynamics)
+    dynamics.begun.clear()
     model = tiny_bert()
-    visited = []
-    original = searching._Run._step
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        layer.output.dense.weight[:, :8] = 0  # eight idle neurons
+    path = run(model, dynamics=name, out=tmp_path)
+    size = sum(pair.groups * pair.units for pair in path.pairs)
+    assert dynamics.begun == [((8 if rows else 1, size), 0)]  # two batches of four measure curvature
+    assert path.config["dynamics"] == name
+    assert len(path.trajectory.loss) == 12 - 2 - rows  # a step finds bases
+    assert bool(path.basis) == rows
+    assert not path.covariance
+    np.testing.assert_allclose(path.trajectory.loss, 0, atol=1e-6)  # it is dense wherever it is looked at
+    assert path.ranking["encoder.layer.0.mlp"][0, :8].max() < path.ranking["encoder.layer.0.mlp"][0, 8:].min()
+    selection = path.select(Budget(keep=0.6))
+    with pp.masked(model, selection), torch.no_grad():
+        expected = model(**tiny_batches()[0])[0]
+    small = pp.slice_model(model, selection)
+    torch.testing.assert_close(small(**tiny_batches()[0])[0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        pp.search(model, Interrupting(9), steps=12, multiple=2, dynamics=name, out=tmp_path / "half", progress=False)
+    same_path(path, run(model, dynamics=name, out=tmp_path / "half", resume=True))
 
-    def spy(self: Any, batch: Any) -> Any:
-        output = {name: part.numpy() for name, part in self._output(self.driver.output().clone()).items()}
-        fill = {name: part.numpy() for name, part in self._fill(self.driver.fill()).items()}
-        path = self.path(self.driver.ranking().clone(), self.driver.slope().clone(), fill=fill, output=output)
-        result = original(self, batch)
-        masks = {name: mask.detach().numpy() for name, mask in self.masks.items()}
-        outputs = {name: output.detach().numpy() for name, output in self.outputs.items()}
-        visited.append((path, self.level[-1], masks, outputs))
-        return result
 
-    monkeypatch.setattr(searching._Run, "_step", spy)
-    run(model, unit="mixed", output_lr=0.01)
-    assert len({level for _, level, *_ in visited}) == len(visited) == 9
-    for path, level, masks, outputs in visited:
-        shipped = path.select(Budget(keep=level))
-        for pair in path.pairs:
-            np.testing.assert_array_equal(masks[pair.name], shipped.mask(pair).astype(np.float32))
-            assert (pair.name in outputs) == (pair.adjustable and not shipped.keep[pair.name].all())
-            if pair.name in outputs:
-                np.testing.assert_allclose(outputs[pair.name], shipped.output[pair.name], rtol=1e-6)
-    assert any(len(np.unique(mask)) > 2 for mask in visited[-1][2].values()), "masks were scaled"
-    assert any((output != [[1], [0]]).any() for output in visited[-1][3].values()), "outputs were scaled"
+def test_every_setting_is_a_keyword_of_search() -> None:
+    parameters = inspect.signature(pp.search).parameters
+    for field in fields(SearchConfig):
+        assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[field.name].default == field.default
+    assert not [one for one in parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
+
+
+def test_every_setting_reaches_the_config() -> None:
+    given: dict[str, Any] = {
+        "dynamics": "lbi",
+        "steps": 9,
+        "seed": 5,
+        "unit": "dim",
+        "multiple": 2,
+        "basis": False,
+        "fill": False,
+        "compensate": False,
+        "lr": 0.5,
+        "fill_lr": 0.25,
+        "slope_lr": 0.125,
+        "output_lr": 0.0625,
+        "temperature": 0.3,
+        "lowest_level": 0.4,
+        "bf16": True,
+    }
+    assert {"objective", *given} == {field.name for field in fields(SearchConfig)}
+    config = run(tiny_bert(), objective="hidden", **given).config
+    assert {key: value for key, value in config.items() if key != "data"} == {"objective": "hidden", **given}
 
 
 def test_outputs_are_learned_of_language_models_alone() -> None:
@@ -206,22 +404,18 @@ def test_data_that_shuffles_itself_comes_in_the_order_of_the_seed(
 ) -> None:
     """Whatever the state of randomness, which stays; and again where the search goes on."""
     monkeypatch.setattr(searching, "CHECKPOINT_EVERY", 3)
-    samples: Any = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
     settings: dict[str, Any] = {"steps": 12, "multiple": 2, "progress": False}
 
-    def loader() -> DataLoader[Any]:
-        return DataLoader(samples, batch_size=2, shuffle=True)
-
-    whole = pp.search(tiny_bert(), loader(), **settings)
+    whole = pp.search(tiny_bert(), shuffled(), **settings)
     model = tiny_bert()
     torch.rand(3)
     state = torch.get_rng_state()
-    same_path(whole, pp.search(model, loader(), **settings))
-    assert not np.array_equal(whole.trajectory.loss, pp.search(model, loader(), seed=1, **settings).trajectory.loss)
+    same_path(whole, pp.search(model, shuffled(), **settings))
+    assert not np.array_equal(whole.trajectory.loss, pp.search(model, shuffled(), seed=1, **settings).trajectory.loss)
     assert torch.equal(torch.get_rng_state(), state)
 
-    interrupt(monkeypatch, loader(), out=tmp_path, **settings)
-    same_path(whole, pp.search(tiny_bert(), loader(), out=tmp_path, resume=True, **settings))
+    interrupt(monkeypatch, shuffled(), out=tmp_path, **settings)
+    same_path(whole, pp.search(tiny_bert(), shuffled(), out=tmp_path, resume=True, **settings))
 
 
 @pytest.mark.parametrize("dynamics", ["sampled", "lbi", "spp-released"])
@@ -233,10 +427,10 @@ def test_a_step_that_is_interrupted_midway_never_happened(
     driver = DYNAMICS[dynamics]
     gamma, calls = driver.gamma, iter(range(100))
 
-    def interrupting(self: Any) -> Any:
+    def interrupting(self: Any, state: Any) -> Any:
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return gamma(self)
+        return gamma(self, state)
 
     monkeypatch.setattr(driver, "gamma", interrupting)
     with pytest.raises(KeyboardInterrupt):
@@ -357,7 +551,8 @@ def test_bad_data_is_refused() -> None:
         ({"lowest_level": 1.0}, "lowest_level=1.0"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"fill_lr": -1.0, "output_lr": -2.0}, "fill_lr=-1.0 and output_lr=-2.0 must not be negative"),
-        ({"learning_rate": 1.0}, "unknown search setting 'learning_rate'"),
+        ({"learning_rate": 1.0}, "unknown search setting 'learning_rate'; SearchConfig has basis, bf16"),
+        ({"lowest_levl": 0.2}, "unknown search setting 'lowest_levl'; .*; did you mean 'lowest_level'?"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -372,7 +567,7 @@ def test_a_name_that_no_folder_can_have_is_refused_before_the_search(
     pairs = pp.find_pairs(tiny_bert())
     path = SolutionPath.from_scores(pairs, {pair.name: np.ones(pair.shape) for pair in pairs})
     small = pp.slice_model(tiny_bert(), path.select(pp.Budget(keep=0.5)))
-    monkeypatch.setattr(searching, "find_pairs", None)
+    monkeypatch.setattr("pathprune.ranking.problem.find_pairs", None)
     for write in (
         lambda: run(tiny_bert(), out=tmp_path / name),
         lambda: run(tiny_bert(), out=tmp_path / name, resume=True),
@@ -436,18 +631,14 @@ def test_a_step_runs_the_model_once_where_statistics_have_seen_its_batch(monkeyp
     model = tiny_bert()
     calls, by_step = [], []
     model.register_forward_hook(lambda *args: calls.append(1))
-    original = searching._Run._step
-
-    def counted(self: Any, batch: Any) -> Any:
+    monkeypatch.setattr("pathprune.ranking.measuring.STATISTICS_BATCHES", 4)
+    search = pp.Search(model, tiny_batches(), SearchConfig(steps=12, multiple=2))
+    search.start()
+    while search.steps_left:
         before = len(calls)
-        result = original(self, batch)
+        search.step()
         by_step.append(len(calls) - before)
-        return result
-
-    monkeypatch.setattr(searching._Run, "_step", counted)
-    monkeypatch.setattr(searching, "STATISTICS_BATCHES", 4)
-    run(model)  # of six batches the first two measure curvature
-    assert by_step == [1, 1, 2, 2, 1, 1, 1, 1, 1]
+    assert by_step == [1, 1, 2, 2, 1, 1, 1, 1, 1]  # of six batches the first two measure curvature
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from pathprune.family.selection import Selection as Selection
     from pathprune.objectives.base import Objective as Objective
     from pathprune.objectives.targets import Targets as Targets
+    from pathprune.ranking.callback import SearchCallback as SearchCallback
+    from pathprune.ranking.config import SearchConfig as SearchConfig
     from pathprune.ranking.covariance import compensate as compensate
     from pathprune.ranking.run import search as search
+    from pathprune.ranking.stepping import Search as Search
     from pathprune.recovery import recover as recover
     from pathprune.recovery.nested import elastic as elastic
     from pathprune.transform.masks import masked as masked
@@ -56,6 +59,9 @@ _HOME = {
     "Pair": "family.pairs",
     "PairList": "family.pair_list",
     "PathpruneError": "errors",
+    "Search": "ranking.stepping",
+    "SearchCallback": "ranking.callback",
+    "SearchConfig": "ranking.config",
     "Selection": "family.selection",
     "SettingError": "errors",
     "Slot": "family.pairs",

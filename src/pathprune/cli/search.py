@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -21,6 +21,9 @@ from pathprune.cli.options import (
 )
 from pathprune.cli.output import note_stale_members, print_json, say, shell_word
 from pathprune.errors import PathpruneError
+
+if TYPE_CHECKING:
+    from pathprune.family.order import Unit
 
 
 @reads_data
@@ -78,7 +81,7 @@ def search(
             dynamics=dynamics,
             steps=steps,
             seed=seed,
-            unit=unit,
+            unit=cast("Unit", unit),
             multiple=multiple,
             lowest_level=lowest,
             compensate=compensate,

@@ -134,7 +134,7 @@ def calibrate(
         # Heads of one group share their values, hence the basis and the fill: both are for the mean over them.
         mean, spread = (part.unflatten(0, (pair.groups, -1)).mean(1) for part in moments[pair.name].central())
         if pair.name in gramians:
-            rotation = _balance(spread, gramians[pair.name].to(spread))
+            rotation = balance(spread, gramians[pair.name].to(spread))
             found.basis[pair.name] = rotation.cpu().float().numpy()
             mean, spread = (rotation @ mean.unsqueeze(-1)).squeeze(-1), rotation @ spread @ rotation.mT
         if fill and pair.fillable:
@@ -148,7 +148,7 @@ def calibrate(
     return found
 
 
-def _balance(ours: Tensor, theirs: Tensor) -> Tensor:
+def balance(ours: Tensor, theirs: Tensor) -> Tensor:
     """(G, D, D), A that gives A ours A^T = A^-T theirs A^-1 = S, diagonal and in descending order, both moments taken
     relative to their mean variance: how large gradients are must not show in the size of the weights.
     """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from numbers import Real
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +19,9 @@ from pathprune.model.contexts import check_seed
 from pathprune.objectives.base import Objective
 from pathprune.objectives.choose import objective_name
 from pathprune.registry import DYNAMICS
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CURVATURE_SHARE = 6  # one step in so many
 
@@ -58,6 +65,11 @@ class SearchConfig:
 
     Raises:
         SettingError: a value is out of range.
+
+    Example:
+        >>> config = pp.SearchConfig(steps=100, unit="head")
+        >>> config.curvature_steps, config.basis_steps, config.path_steps
+        (16, 4, 80)
     """
 
     objective: str = "auto"
@@ -111,22 +123,39 @@ class SearchConfig:
     @property
     def adjusts(self) -> bool:
         """Whether gains and shifts of outputs are learned."""
-        return bool(self.output_lr) and self.fill and self.dynamics == "sampled"
+        return bool(self.output_lr) and self.fill and DYNAMICS[self.dynamics].OUTPUTS
 
     @property
     def compensates(self) -> bool:
-        return self.compensate and self.fill and self.dynamics == "sampled"
+        return self.compensate and self.fill and DYNAMICS[self.dynamics].COMPENSATION
 
     @property
     def curvature_steps(self) -> int:
-        """None for the published code, which asks for no curvature."""
-        return 0 if self.dynamics == "spp-released" else max(1, self.steps // CURVATURE_SHARE)
+        """None where the dynamics asks for no curvature."""
+        return max(1, self.steps // CURVATURE_SHARE) if DYNAMICS[self.dynamics].CURVATURE else 0
 
     @property
     def basis_steps(self) -> int:
-        """None for the published code, which knows no rotations."""
-        return max(1, self.curvature_steps // BASIS_SHARE) if self.basis and self.curvature_steps else 0
+        """None where the dynamics knows no rotations."""
+        wanted = self.basis and self.curvature_steps and DYNAMICS[self.dynamics].BASES
+        return max(1, self.curvature_steps // BASIS_SHARE) if wanted else 0
 
     @property
     def path_steps(self) -> int:
         return self.steps - self.curvature_steps - self.basis_steps
+
+
+def known_settings(function: Callable[P, R]) -> Callable[P, R]:
+    """Say what was meant where a keyword does not exist, in place of Python's own TypeError."""
+    parameters = inspect.signature(function).parameters
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if unknown := sorted(set(kwargs) - set(parameters)):
+            known = sorted(field.name for field in fields(SearchConfig))
+            close = difflib.get_close_matches(unknown[0], parameters, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise SettingError(f"unknown search setting {unknown[0]!r}; SearchConfig has {', '.join(known)}{hint}")
+        return function(*args, **kwargs)
+
+    return call

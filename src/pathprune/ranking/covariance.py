@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,12 @@ from pathprune.data.batches import Batch, Batches
 from pathprune.data.checks import check_moments
 from pathprune.errors import MismatchError, SettingError
 from pathprune.family.pairs import Pair
+from pathprune.family.path import SolutionPath
 from pathprune.model.contexts import eager, evaluating
+from pathprune.model.identity import check_base
 from pathprune.model.outputs import module_mask, relative_weights
 from pathprune.progress import track
 from pathprune.types import Floats
-
-if TYPE_CHECKING:
-    from pathprune.family.path import SolutionPath
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def compensate(
@@ -58,8 +53,6 @@ def compensate(
         >>> sorted(random_path.covariance)[0]
         'encoder.layer.0.attention.vo'
     """
-    from pathprune.model.identity import check_base
-
     if path.fill_sum:
         raise MismatchError(
             "the path is of a model with sorted units, whose sums go by its covariances; compensate the path of the "

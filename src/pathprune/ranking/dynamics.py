@@ -1,19 +1,21 @@
-"""The three dynamics as the search loop drives them.
+"""The dynamics as a search drives them, and what another package's must offer.
 
-A driver says which mask to visit, learns from the loss's gradients with respect to masks and
-fills, and in the end ranks the units. It keeps all that changes, and all that was measured, in
-``state``, tensors by name, so that a checkpoint is complete. The equations are in ``pathprune.ranking.inclusion``.
+A driver says which mask a step visits, learns from the loss's gradients there, and in the end ranks the units. All that
+changes is in a state, tensors by name, which a step replaces and a checkpoint holds; the driver itself changes nothing.
+The equations are in ``pathprune.ranking.inclusion``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pathprune.ranking import inclusion
+from pathprune.ranking.config import SearchConfig
+from pathprune.ranking.units import Units
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -22,99 +24,190 @@ State = dict[str, Tensor]
 
 
 class Visited(NamedTuple):
-    """One size of the family.
+    """What a step visits.
 
     Attributes:
         mask: (N,), what each unit is multiplied by.
-        room: (N,), derivative of the mask with respect to the slope.
-        edge: the ranking's value where the cut was made.
-        gone: share of the prunable parameters that it lacks.
+        density: share of the model that it keeps, for the trajectory.
+        sparsity: share of the prunable parameters that it lacks, by which scales and shifts of outputs grow.
+        by_slope: (N,), derivative of the mask with respect to the slope.
+        threshold: the ranking's value where the cut was made.
     """
 
     mask: Tensor
-    room: Tensor
-    edge: float
-    gone: float
+    density: float
+    sparsity: float = 0.0
+    by_slope: Tensor = torch.zeros(())
+    threshold: float = 0.0
 
 
-class Visit(Protocol):
-    """What a driver may ask of the search: the family that a ranking gives."""
+class Gradients(NamedTuple):
+    """Of the loss, at what a step visited.
 
-    def __call__(self, ranking: Tensor, slope: Tensor, level: float) -> Visited:
-        """What the family would ship at ``level``."""
+    Attributes:
+        mask: (N,).
+        fill: (N,), by the fill in standard deviations.
+        output: (2, M), by the scales and shifts of M features of outputs.
+    """
+
+    mask: Tensor
+    fill: Tensor
+    output: Tensor
 
 
-class Sampled:
+class Member(Protocol):
+    """What a driver may ask of the search: one size of the family that a ranking gives."""
+
+    def __call__(self, ranking: Tensor, slope: Tensor, density: float) -> Visited:
+        """What the family would ship at ``density``."""
+
+
+class Driver(Protocol):
+    """One dynamics; registered by name in ``pathprune.registry.DYNAMICS``, made anew for each search.
+
+    A class of its own needs the methods without a body here; by subclassing this one it has the others. What it is
+    given, it must not change in place.
+
+    Attributes:
+        CURVATURE: whether it begins from curvature, which a sixth of the steps then measure.
+        ROWS: whether it wants the gradients of every sample, of which the mean square would do otherwise.
+        BASES: whether heads may be rotated for it; only with curvature.
+        COMPENSATION: whether what is removed may be reconstructed from what stays: its masks are those of a family,
+            exactly zero where a unit is removed.
+        OUTPUTS: whether it learns scales and shifts of outputs; its masks are those of a family, too.
+
+    Example:
+        Units in the order of their curvature, without learning::
+
+            class ByCurvature(Driver):
+                CURVATURE = True
+
+                def begin(self, probes, outputs):
+                    return {"worth": probes.square().mean(0) / self.units.params}
+
+                def visit(self, state, step, member):
+                    return Visited(torch.ones(len(self.units)), 1.0)
+
+                def update(self, state, step, visited, gradients):
+                    return state
+
+                def ranking(self, state):
+                    return state["worth"]
+
+            pathprune.registry.DYNAMICS.register("by-curvature", ByCurvature)
+            pathprune.search(model, data, dynamics="by-curvature")
+    """
+
+    CURVATURE: ClassVar[bool] = False
+    ROWS: ClassVar[bool] = False
+    BASES: ClassVar[bool] = False
+    COMPENSATION: ClassVar[bool] = False
+    OUTPUTS: ClassVar[bool] = False
+    config: SearchConfig
+    units: Units
+
+    def __init__(self, config: SearchConfig, units: Units) -> None:
+        self.config, self.units = config, units
+
+    def begin(self, probes: Tensor, outputs: int) -> State:
+        """The state before the first step.
+
+        Args:
+            probes: (samples, N) or, without ``ROWS``, (1, N), gradients whose mean square is the curvature; zeros
+                without ``CURVATURE``.
+            outputs: M, features of outputs that are scaled and shifted; 0 without ``OUTPUTS``.
+        """
+        ...
+
+    def visit(self, state: State, step: int, member: Member) -> Visited:
+        """What step number ``step``, from 0 on, visits."""
+        ...
+
+    def update(self, state: State, step: int, visited: Visited, gradients: Gradients) -> State:
+        """The state after the step."""
+        ...
+
+    def ranking(self, state: State) -> Tensor:
+        """(N,), larger for a unit that stays longer."""
+        ...
+
+    def gamma(self, state: State) -> Tensor:
+        """(N,), the sparse copy of the mask, whose norms the trajectory shows."""
+        return torch.zeros(len(self.units))
+
+    def fill(self, state: State) -> Tensor:
+        """(N,), what takes a removed unit's place: standard deviations from the mean."""
+        return torch.zeros(len(self.units))
+
+    def slope(self, state: State) -> Tensor:
+        """(N,): at a size that lacks the share r, a unit that stays is multiplied by 1 + r slope."""
+        return torch.zeros(len(self.units))
+
+    def output(self, state: State) -> Tensor:
+        """(2, M), scales less 1 and shifts of outputs, in standard deviations; they grow by r, too."""
+        return torch.zeros(2, 0)
+
+
+class Sampled(Driver):
     """Each step visits one random size of the family, exactly as it would ship."""
 
-    ROWS = False  # of curvature the mean square is all it needs
+    CURVATURE = BASES = COMPENSATION = OUTPUTS = True
 
-    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
-        self.config, self.state, self.visit, self.gone = config, state, visit, 0.0
-        self.cost = params / params.float().mean()
+    def __init__(self, config: SearchConfig, units: Units) -> None:
+        super().__init__(config, units)
+        self.cost = units.params / units.params.float().mean()
 
-    @staticmethod
-    def begin(config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
+    def begin(self, probes: Tensor, outputs: int) -> State:
         """Rank by curvature per parameter."""
-        return _unpack(inclusion.sampled_init(probes.square().mean(0) / params, outputs))
+        return _unpack(inclusion.sampled_init(probes.square().mean(0) / self.units.params, outputs))
 
-    def level(self, step: int) -> float:
+    def density(self, step: int) -> float:
         """A low-discrepancy sequence on [lowest_level, 1]."""
-        low: float = self.config.lowest_level
+        low = self.config.lowest_level
         return low + (1 - low) * ((0.5 + GOLDEN * step) % 1)
 
-    def mask(self, step: int) -> tuple[Tensor, float]:
-        level = self.level(step)
-        self.visited = self.visit(self.state["dual"], self.state["slope"], level)
-        self.gone = self.visited.gone
-        return self.visited.mask, level
+    def visit(self, state: State, step: int, member: Member) -> Visited:
+        return member(state["dual"], state["slope"], self.density(step))
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
-        cool = 0.5 * (1 + math.cos(math.pi * step / self.config.path_steps))
-        state = inclusion.sampled_step(
-            inclusion.SampledState(
-                self.state["dual"],
-                self.state["fill"],
-                self.state["slope"],
-                self.state["output"],
-                *(
-                    inclusion.Adam(self.state[f"{name}_first"], self.state[f"{name}_second"], step)
-                    for name in ("dual", "fill", "slope", "output")
-                ),
-            ),
-            mask_grad,
-            fill_grad,
-            output_grad,
-            cost=self.cost,
-            room=self.visited.room,
-            lam=self.visited.edge,
-            temperature=self.config.temperature,
-            weight=1 / (1.05 - self.level(step)),
-            lr=self.config.lr * cool,
-            fill_lr=self.config.fill_lr * cool,
-            slope_lr=self.config.slope_lr * cool,
-            output_lr=self.config.output_lr * cool,
+    def update(self, state: State, step: int, visited: Visited, gradients: Gradients) -> State:
+        config = self.config
+        cool = 0.5 * (1 + math.cos(math.pi * step / config.path_steps))
+        learned = ("dual", "fill", "slope", "output")
+        adams = (inclusion.Adam(state[f"{name}_first"], state[f"{name}_second"], step) for name in learned)
+        return _unpack(
+            inclusion.sampled_step(
+                inclusion.SampledState(state["dual"], state["fill"], state["slope"], state["output"], *adams),
+                *gradients,
+                cost=self.cost,
+                room=visited.by_slope,
+                lam=visited.threshold,
+                temperature=config.temperature,
+                weight=1 / (1.05 - visited.density),
+                lr=config.lr * cool,
+                fill_lr=config.fill_lr * cool,
+                slope_lr=config.slope_lr * cool,
+                output_lr=(config.output_lr or 0.0) * cool,
+            )
         )
-        self.state = _unpack(state)
 
-    def gamma(self) -> Tensor:
-        """Where half of the units are in the support: comparable over steps, unlike the level just visited."""
-        return (self.state["dual"] - self.state["dual"].median()).clamp_min(0)
+    def gamma(self, state: State) -> Tensor:
+        """Where half of the units are in the support: comparable over steps, unlike the size just visited."""
+        return (state["dual"] - state["dual"].median()).clamp_min(0)
 
-    def ranking(self) -> Tensor:
-        return self.state["dual"]
+    def ranking(self, state: State) -> Tensor:
+        return state["dual"]
 
-    def fill(self) -> Tensor:
-        return self.state["fill"]
+    def fill(self, state: State) -> Tensor:
+        return state["fill"]
 
-    def slope(self) -> Tensor:
-        return self.state["slope"]
+    def slope(self, state: State) -> Tensor:
+        return state["slope"]
 
-    def output(self) -> Tensor:
-        return self.state["output"]
+    def output(self, state: State) -> Tensor:
+        return state["output"]
 
 
-class Lbi:
+class Lbi(Driver):
     """The paper's text, with nu and the steps taken from curvature.
 
     Without labels the loss is flat at M = 1, so the coupling alone must not tear the network
@@ -123,95 +216,76 @@ class Lbi:
     lets flat and steep units move in the same number of steps.
     """
 
-    ROWS = True  # the step bound needs each sample's
-    gone = 0.0
+    CURVATURE = BASES = True
+    ROWS = True  # for the step bound
     SAFETY = 0.5  # of the step bound
     FIRST_ENTRY = 0.2  # of the steps, for a unit whose mask stays at 1
 
-    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
-        self.state = state
-
-    @classmethod
-    def begin(cls, config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
+    def begin(self, probes: Tensor, outputs: int) -> State:
         curvature = probes.square().mean(0)
         curvature = curvature.clamp_min(1e-3 * float(curvature.mean()) + 1e-30)
         pull = float(curvature.quantile(0.25))  # 1/nu
         kappa = 1 / (curvature + pull)  # (N,)
         scaled = probes * kappa.sqrt() / math.sqrt(len(probes))  # (samples, N)
         steepest = float(torch.linalg.eigvalsh(scaled @ scaled.mT)[-1]) + 2 * float((kappa * pull).max())
-        alpha = cls.SAFETY * 2 / steepest
-        lam = cls.FIRST_ENTRY * config.path_steps * alpha * pull
+        alpha = self.SAFETY * 2 / steepest
+        lam = self.FIRST_ENTRY * self.config.path_steps * alpha * pull
         start = inclusion.lbi_init(len(curvature))._asdict()
         constants = torch.tensor([1 / pull, alpha, lam], dtype=torch.float64)
         return {**start, "time": torch.zeros(len(curvature)), "kappa": kappa, "constants": constants}
 
-    def mask(self, step: int) -> tuple[Tensor, float]:
-        return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
+    def visit(self, state: State, step: int, member: Member) -> Visited:
+        return Visited(state["mask"], _support(state))
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
-        before = inclusion.BregmanState(self.state["mask"], self.state["gamma"], self.state["dual"])
-        nu, alpha, lam = self.state["constants"].tolist()
-        state = inclusion.lbi_step(before, mask_grad, nu=nu, kappa=self.state["kappa"], alpha=alpha, lam=lam)
-        self.state = {**self.state, **state._asdict(), "time": self.state["time"] + (state.gamma != 0)}
+    def update(self, state: State, step: int, visited: Visited, gradients: Gradients) -> State:
+        before = inclusion.BregmanState(state["mask"], state["gamma"], state["dual"])
+        nu, alpha, lam = state["constants"].tolist()
+        after = inclusion.lbi_step(before, gradients.mask, nu=nu, kappa=state["kappa"], alpha=alpha, lam=lam)
+        return {**state, **after._asdict(), "time": state["time"] + (after.gamma != 0)}
 
-    def gamma(self) -> Tensor:
-        return self.state["gamma"]
+    def gamma(self, state: State) -> Tensor:
+        return state["gamma"]
 
-    def ranking(self) -> Tensor:
-        return _by_entry(self.state["time"], self.state["dual"])
-
-    def fill(self) -> Tensor:
-        return torch.zeros_like(self.state["mask"])
-
-    slope = fill
-
-    def output(self) -> Tensor:
-        return torch.zeros(2, 0)
+    def ranking(self, state: State) -> Tensor:
+        return _by_entry(state["time"], state["dual"])
 
 
-class Released:
-    """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart."""
+class Released(Driver):
+    """The paper's published code: uncoupled AdamW on the masks; attention and MLP ranked apart. It asks for no
+    curvature, and knows no rotations.
+    """
 
-    ROWS = False
-    gone = 0.0
     ENTRY = 0.5  # of the steps, for a unit whose mask stays at 1
 
-    def __init__(self, config: Any, state: State, params: Tensor, mlp: Tensor, visit: Visit) -> None:
-        self.lr = inclusion.SPP_THRESHOLD / (self.ENTRY * config.path_steps)
-        self.state, self.mlp = state, mlp
-
-    @staticmethod
-    def begin(config: Any, probes: Tensor, params: Tensor, outputs: int) -> State:
-        size = probes.shape[1]
+    def begin(self, probes: Tensor, outputs: int) -> State:
+        size = len(self.units)
         return {**_unpack(inclusion.released_init(size)), "time": torch.zeros(size)}
 
-    def mask(self, step: int) -> tuple[Tensor, float]:
-        return self.state["mask"], float((self.state["gamma"] != 0).float().mean())
+    def visit(self, state: State, step: int, member: Member) -> Visited:
+        return Visited(state["mask"], _support(state))
 
-    def learn(self, step: int, mask_grad: Tensor, fill_grad: Tensor, output_grad: Tensor) -> None:
-        s = self.state
-        adam = inclusion.Adam(s["adam_first"], s["adam_second"], step)
-        state = inclusion.released_step(
-            inclusion.ReleasedState(s["mask"], s["gamma"], s["dual"], adam), mask_grad, lr=self.lr
+    def update(self, state: State, step: int, visited: Visited, gradients: Gradients) -> State:
+        adam = inclusion.Adam(state["adam_first"], state["adam_second"], step)
+        after = inclusion.released_step(
+            inclusion.ReleasedState(state["mask"], state["gamma"], state["dual"], adam),
+            gradients.mask,
+            lr=inclusion.SPP_THRESHOLD / (self.ENTRY * self.config.path_steps),
         )
-        self.state = {**_unpack(state), "time": s["time"] + (state.gamma != 0)}
+        return {**_unpack(after), "time": state["time"] + (after.gamma != 0)}
 
-    def gamma(self) -> Tensor:
-        return self.state["gamma"]
+    def gamma(self, state: State) -> Tensor:
+        return state["gamma"]
 
-    def ranking(self) -> Tensor:
-        ranking = torch.empty_like(self.state["time"])
-        for part in (self.mlp, ~self.mlp):
-            ranking[part] = _by_entry(self.state["time"][part], self.state["dual"][part])
+    def ranking(self, state: State) -> Tensor:
+        ranking = torch.empty_like(state["time"])
+        for part in (self.units.mlp, ~self.units.mlp):
+            ranking[part] = _by_entry(state["time"][part], state["dual"][part])
         return ranking
 
-    def fill(self) -> Tensor:
-        return torch.zeros_like(self.state["mask"])
 
-    slope = fill
-
-    def output(self) -> Tensor:
-        return torch.zeros(2, 0)
+def _support(state: State) -> float:
+    """Share of the units that are in gamma's support."""
+    return float((state["gamma"] != 0).float().mean())
 
 
 def _unpack(state: inclusion.SampledState | inclusion.ReleasedState) -> State:
@@ -233,6 +307,3 @@ def _by_entry(time: Tensor, dual: Tensor) -> Tensor:
     ranks = torch.empty_like(time)
     ranks[by_both] = torch.linspace(0, 1, len(time)) if len(time) > 1 else torch.ones(len(time))
     return ranks
-
-
-Driver = Sampled | Lbi | Released
