@@ -261,7 +261,7 @@ def test_a_registered_dynamics_is_searched_with(dynamics: Any, rows: bool, tmp_p
     DYNAMICS.register(name, dynamics)
     dynamics.begun.clear()
     model = tiny_bert()
-    layer = model.encoder.layer[0]
+    layer: Any = model.encoder.layer[0]
     with torch.no_grad():
         layer.output.dense.weight[:, :8] = 0  # eight idle neurons
     path = run(model, dynamics=name, out=tmp_path)
