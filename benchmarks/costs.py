@@ -30,7 +30,9 @@ from recording import command, parser, search_settings, write_record
 def step_cost(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
     """A search step over one forward plus one activation-only backward pass of the dense model, same batch."""
     objective = EmbeddingObjective()
-    fresh, known, dense = [], [], []
+    fresh: list[float] = []
+    known: list[float] = []
+    dense: list[float] = []
     # The second visit to a batch finds the dense model's output remembered.
     twice = [batch for batch in batches[:rounds] for _ in range(2)]
     config = SearchConfig(steps=12 * rounds)  # 2 of 12 measure curvature, which is all of ``twice``, once

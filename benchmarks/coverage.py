@@ -272,7 +272,7 @@ def _gradients(model: Any, inputs: dict[str, Any], pairs: Any, tolerance: float)
         try:
             with masked(dense, selection):
                 outputs = [x for x in pytree.tree_leaves(one(**inputs)) if isinstance(x, Tensor) and x.requires_grad]
-            sum(x.square().mean() for x in outputs if x.numel()).backward()
+            sum((x.square().mean() for x in outputs if x.numel()), torch.zeros(())).backward()
         except Exception as error:
             if one is dense:
                 return f"masked: {_said(error)}"

@@ -238,7 +238,7 @@ class Materials:
         self.search(self.run)
 
     def save(self, which: int, root: Path, **settings: Any) -> None:
-        folders.save_model(self.small[which], root / "model", **settings)
+        pp.save_model(self.small[which], root / "model", **settings)
 
     def old_model(self, root: Path) -> None:
         """With what a user may have put there, and weights of another form that must go."""
@@ -409,7 +409,7 @@ def main() -> None:
         materials = Materials(folder)
         ended = child(lambda: loads(materials, folder / "loads"), folder)
         assert ended.code == 0, ended.said
-        rows = []
+        rows: list[dict[str, Any]] = []
         for scenario in materials.scenarios():
             if args.only not in scenario.name:
                 continue

@@ -52,7 +52,7 @@ def main() -> None:
         for name, batches in (("with", known), ("without", without_first(known))):
             start = time.perf_counter()
             path = pp.search(searched, batches, steps=args.steps, seed=seed, progress=False, **settings)
-            run = {
+            run: dict[str, Any] = {
                 "searched": name,
                 "seed": seed,
                 "commit": COMMIT,

@@ -39,7 +39,7 @@ from baselines.peers import prunable_left
 from models import MODELS
 from pathprune.family.files import write_text
 from pathprune.objectives.choose import get_objective
-from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, _as_svg, _log_axis
+from pathprune.report.plots import BLUE, GREEN, ORANGE, SKY, SOFT, VERMILLION, as_svg, log_axis
 from recording import COMMIT, command, parser, search_settings, write_record
 
 COLOURS = (BLUE, ORANGE, GREEN, SKY, SOFT)
@@ -102,7 +102,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seeds": len(whole), "rows": rows, **seconds}
 
 
-@_as_svg
+@as_svg
 def frontier(record: dict[str, Any]) -> Figure:
     """Loss of quality against size, one line for each method, with the standard deviation over seeds.
 
@@ -130,7 +130,7 @@ def frontier(record: dict[str, Any]) -> Figure:
         )
     every = np.array(list(losses.values()))
     if every.min() > 0:
-        _log_axis(axes, every)
+        log_axis(axes, every)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("prunable parameters kept")
     axes.set_ylabel(record["loss"])
@@ -170,6 +170,9 @@ class Bench:
 
     def __call__(self, name: str, seed: int) -> dict[str, Any]:
         return {"seed": seed, "commit": COMMIT, **measure(METHODS[name], self.problem(seed), self.subject)}
+
+
+BENCH: Bench  # set by ``begin``
 
 
 def begin(args: argparse.Namespace) -> None:

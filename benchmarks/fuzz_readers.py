@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import re
 import resource
@@ -119,6 +120,7 @@ class Target:
         self.changes, self.read, self.part, self.theirs = changes, read, part, theirs
         self.unhash, self.header = unhash, header
         self.counts: Counter[str] = Counter()
+        self.change: Callable[[str, Random], bytes] = self.changed
         self.slowest, self.faults = 0.0, list[str]()
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.restore()
@@ -133,7 +135,7 @@ class Target:
         part.write_bytes(data)
         part.replace(self.folder / name)
 
-    def change(self, name: str, random: Random) -> bytes:
+    def changed(self, name: str, random: Random) -> bytes:
         data = self.files[name]
         if self.header:  # of safetensors: names, types, shapes and places
             return other_tensors(data, random)
@@ -321,7 +323,7 @@ def targets(work: Path) -> dict[str, Target]:
         }
     for name, target in made.items():
         if name.startswith("record"):  # bytes of config.json are transformers' own as well
-            target.change = record_only(target)  # type: ignore[method-assign]
+            target.change = record_only(target)
     return made
 
 
@@ -404,6 +406,10 @@ def special(work: Path, targets: dict[str, Target]) -> dict[str, float]:
         file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
         target.restore()
 
+    def huge(file: Path) -> None:
+        file.touch()
+        os.truncate(file, 10**10)
+
     other, elastic = "pathprune.json and weights", "path of an elastic model"
     readers = [(name, name) for name in ("path.json", "family.json")]
     readers += [(elastic, "path.json"), (other, "pathprune.json"), (other, "model.safetensors")]
@@ -413,7 +419,7 @@ def special(work: Path, targets: dict[str, Target]) -> dict[str, float]:
         refused(f"/dev/zero as {name}, {reader}", target, name, lambda file: file.symlink_to("/dev/zero"))
         refused(f"a folder as {name}, {reader}", target, name, Path.mkdir)
         if name.endswith(".json"):
-            refused(f"10 GB as {name}, {reader}", target, name, lambda file: (file.touch(), os.truncate(file, 10**10)))
+            refused(f"10 GB as {name}, {reader}", target, name, huge)
             refused(
                 f"15 MB of lists as {name}, {reader}",
                 target,
@@ -552,7 +558,7 @@ def main() -> None:
     made.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     args = made.parse_args()
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     if args.child:

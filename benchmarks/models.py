@@ -78,7 +78,8 @@ class DINOv2:
     batch = 16
 
     def __init__(self, split: str, device: str = "cpu", references: int = 1000, queries: int = 1000) -> None:
-        self.dense = self.searched = materials.dinov2().to(device)
+        model: Any = materials.dinov2()
+        self.dense = self.searched = model.to(device)
         self.images, labels = materials.fashion_mnist("train")
         self.known = self.images[-references:], labels[-references:]  # the search reads from the front
         images, labels = materials.fashion_mnist("t10k")

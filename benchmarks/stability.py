@@ -60,7 +60,7 @@ def main() -> None:
     novels = austen()
     unseen = {"news": judge.unseen, "Austen": batches_of(novels[-1:], subject.tokenizer, 32, 0)}
     paths: dict[str, list[pp.SolutionPath]] = {"news": [], "Austen": []}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed, domain in itertools.product(range(args.seeds), paths):
         data = subject.batches(seed, args.steps)
         if domain == "Austen":
@@ -73,9 +73,9 @@ def main() -> None:
             rows.append({"searched_on": domain, "measured_on": on, "seed": seed, "cosine": cosine})
             print(json.dumps(rows[-1]), flush=True)
     rng = np.random.default_rng(0)
-    pairs, like = paths["news"][0].pairs, {"unit": path.unit, "multiple": path.multiple}
+    pairs = paths["news"][0].pairs
     drawn = [{pair.name: rng.random(pair.shape) for pair in pairs} for _ in range(3)]
-    by_chance = [pp.SolutionPath.from_scores(pairs, scores, **like) for scores in drawn]
+    by_chance = [pp.SolutionPath.from_scores(pairs, scores, unit=path.unit, multiple=path.multiple) for scores in drawn]
     across = [overlaps([*two], subject.keeps) for two in zip(*paths.values(), strict=True)]
     means: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:

@@ -95,7 +95,7 @@ ON_RESNET = {"backbone_config": RESNET}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MAPS = [[16, 16], [8, 8], [4, 4]]
 SWIN = {"window_size": 2, "embed_dim": 32, "num_heads": (2, 4, 8, 16)}
-TOWERS = {"vision_config": {}, "audio_config": {}}  # left out by default
+TOWERS: dict[str, Any] = {"vision_config": {}, "audio_config": {}}  # left out by default
 FORECAST = {"prediction_length": 8, "context_length": 16}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -242,7 +242,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         ]
     order += [base, named["MODEL_FOR_PRETRAINING"], *named.values()]
     config_class = CONFIG_MAPPING[model_type]
-    named_classes = []
+    named_classes: list[Any] = []
     for mapping in order:
         found = mapping.get(model_type)
         for name in (found,) if isinstance(found, str) else found or ():
@@ -253,7 +253,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     if whole:
         return whole[0]
     package = importlib.import_module(config_class.__module__.rpartition(".")[0])
-    fitting = []
+    fitting: list[Any] = []
     for entry in pkgutil.iter_modules(package.__path__):
         if entry.name.startswith("modeling_"):
             module = importlib.import_module(f"{package.__name__}.{entry.name}")
@@ -376,7 +376,7 @@ def _outputs(config: PretrainedConfig, small: dict[str, Any], pyramid: bool) -> 
     changed: dict[str, Any] = {}
     if out and (pyramid or depth is None):
         changed["out_indices"] = list(out)
-    elif out:
+    elif out and depth is not None:
         layers = max(LAYERS, len(out))
         changed[depth] = layers
         changed["out_indices"] = list(range(layers - len(out) + 1, layers + 1))
@@ -516,7 +516,8 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dty
     if count > MAX_PARAMETERS:
         raise ValueError(f"{count:,} parameters; at most {MAX_PARAMETERS:,} are built")
     torch.manual_seed(0)
-    model = randomise(cls(type(config).from_dict(config.to_dict())).to(dtype).eval())
+    model: Any = cls(type(config).from_dict(config.to_dict()))
+    model = randomise(model.to(dtype).eval())
     if dtype == torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
     return model

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +24,8 @@ import pathprune
 from pathprune.discovery.discover import find_pairs
 from pathprune.discovery.proof import Float64
 from pathprune.family.pair_list import PairList
+
+M = TypeVar("M", bound=nn.Module)
 
 torch.set_num_threads(1)
 QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,7 +61,7 @@ class Subject:
         return run_model(model or self.model, self.inputs)
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: M, seed: int = 0) -> M:
     """Every parameter, biases and norms included, far from zero and from any symmetry."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

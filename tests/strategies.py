@@ -16,8 +16,8 @@ from pathprune.family.pairs import Pair, Rotary, Slot
 from pathprune.family.path import SolutionPath
 from pathprune.family.selection import Selection
 from pathprune.family.trajectory import Trajectory
+from pathprune.types import Floats
 
-Floats = npt.NDArray[np.floating[Any]]
 Masks = dict[str, npt.NDArray[np.bool_]]
 
 HIDDEN = 6
@@ -44,7 +44,13 @@ def pair_list(pairs: list[Pair], *, outside: int = 0) -> PairList:
     linear = sum(pair.groups * pair.units * pair.unit_macs(0) for pair in pairs)
     params = sum(pair.params for pair in pairs)
     base = BaseModel(
-        "Tiny", "c" * 64, "f" * 64, params + outside, linear + outside, bytes=4 * (params + outside) + 800, itemsize=4
+        "Tiny",
+        "c" * 64,
+        "f" * 64,
+        params + outside,
+        int(linear) + outside,
+        bytes=4 * (params + outside) + 800,
+        itemsize=4,
     )
     return PairList(pairs, base, {"x": "a reason"})
 
@@ -57,7 +63,7 @@ def pair_lists(draw: st.DrawFn, max_layers: int = 2) -> PairList:
         attention, mlp = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
         if attention:
             groups, units, repeat = (draw(st.integers(1, top)) for top in (4, 6, 3))
-            rotary = draw(st.sampled_from(["", "halves", "neighbours"]))
+            rotary: Any = draw(st.sampled_from(["", "halves", "neighbours"]))
             pairs += attention_pairs(f"layer.{layer}.attn", groups, units, repeat, rotary, draw(booleans))
         if mlp:
             pairs.append(mlp_pair(f"layer.{layer}", draw(st.integers(1, 12)), draw(booleans), draw(booleans)))
@@ -173,8 +179,17 @@ def selection_of(pairs: PairList, case: str, *, seed: int = 0, constants: bool =
             scale[pair.name] = rng.uniform(0.5, 2, size=pair.shape).astype(np.float32)
         if pair.adjustable and rng.random() < 0.5:
             output[pair.name] = rng.normal([[1], [0]], 0.1, size=(2, pair.consumer.size)).astype(np.float32)
-    told = {"centre": centre, "covariance": covariance}
-    return Selection(pairs, keep, seq_len=16, fill=fill, basis=basis, scale=scale, output=output, **told)
+    return Selection(
+        pairs,
+        keep,
+        seq_len=16,
+        fill=fill,
+        basis=basis,
+        scale=scale,
+        output=output,
+        centre=centre,
+        covariance=covariance,
+    )
 
 
 def moments(pair: Pair, rng: np.random.Generator) -> tuple[Floats, Floats]:

@@ -222,7 +222,8 @@ class Actor(threading.Thread):
 @pytest.fixture
 def interleaved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[list[Any]]]:
     """All orders in which the file events of several writers and readers can fall: yields the results, after each."""
-    real_lock, actors = fcntl.flock, []
+    real_lock = fcntl.flock
+    actors: list[Actor] = []
 
     def event(owner: Any, name: str, counts: Callable[..., bool]) -> None:
         real = getattr(owner, name)
@@ -262,7 +263,7 @@ def interleaved(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[list[
             actors[:] = [Actor(work) for work in prepare()]
             for actor in actors:
                 actor.start()
-            widths = []
+            widths: list[int] = []
             while ready := [actor for actor in actors if not (actor.ended or actor.waits)]:
                 if len(choices) == len(widths):
                     choices.append(0)
@@ -406,6 +407,11 @@ def in_place_of(name: str, make: Callable[[Path], object]) -> Damage:
     return damage
 
 
+def huge(file: Path) -> None:
+    file.touch()
+    os.truncate(file, LARGEST + 1)
+
+
 def redirect(target: str) -> Damage:
     """Point the description at another file, its hash intact."""
 
@@ -460,7 +466,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a device": (in_place_of("description", lambda file: file.symlink_to("/dev/zero")), r"is no regular file"),
     "a folder": (in_place_of("description", Path.mkdir), r"is no regular file"),
     "a huge description": (
-        in_place_of("description", lambda file: (file.touch(), os.truncate(file, LARGEST + 1))),
+        in_place_of("description", huge),
         r"thing\.json is larger than 16 MiB, the limit of a description",
     ),
     "a changed bit": (flip_a_bit, r"does not have the recorded SHA-256; it is truncated or was altered.*Copy it again"),

@@ -56,7 +56,7 @@ def cost(selection: Selection, kind: str) -> int:
     outside = {
         "keep": 0,
         "params": pairs.base.params - pairs.prunable_params,
-        "macs": pairs.base.macs_per_token - linear,
+        "macs": pairs.base.macs_per_token - int(linear),
     }
     return total + outside[kind]
 
@@ -183,7 +183,8 @@ def test_what_is_not_a_budget_is_refused(given_budget: dict[str, Any], message: 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5)])
 def test_numbers_of_numpy_are_numbers(number: Any) -> None:
     assert Budget(keep=number).value == 0.5
-    assert Budget(params=np.int64(7)).value == 7
+    count: Any = np.int64(7)
+    assert Budget(params=count).value == 7
 
 
 def count_macs(model: nn.Module, inputs: dict[str, Tensor]) -> int:

@@ -42,6 +42,7 @@ from pathprune.family.path import SolutionPath
 from pathprune.objectives.targets import Targets
 from pathprune.ranking.config import SearchConfig
 
+SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 COMMAND = [sys.executable, "-c", "from pathprune.cli.app import main; main()"]
 
 
@@ -145,11 +146,11 @@ def test_the_whole_pipeline(dense: Path, tmp_path: Path, ask: Ask) -> None:
 
 def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: Path, ask: Ask) -> None:
     """A language model, an encoder-decoder and an image classifier keep their heads, from search to evaluation."""
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape))
-    t5_shape = {"d_model": 16, "d_kv": 8, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SHAPE))
+    t5_shape: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+    t5_shape |= {"decoder_start_token_id": 0}
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **t5_shape))
-    vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
+    vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SHAPE))
     pictures, texts = tmp_path / "pictures", dense.parent / "texts.txt"
     pictures.mkdir()
     for i in range(4):
@@ -184,8 +185,7 @@ def test_each_kind_of_model_gets_its_data_and_objective(dense: Path, tmp_path: P
 def test_language_models_are_searched_in_long_windows(
     dense: Path, tmp_path: Path, ask: Ask, positions: int, window: int
 ) -> None:
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=positions, **shape)
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=positions, **SHAPE)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "llama")
     given = ("--data", dense.parent / "texts.txt", "--steps", 4, "--lowest", 0.5, "--no-compensate")
@@ -225,7 +225,7 @@ def test_bad_input_exits_with_2_and_leaves_nothing(dense: Path, tmp_path: Path, 
     refused("is not text", "search", dense, "--data", tmp_path / "broken.jsonl", "--out", new)
     refused("'--steps'", "search", dense, "--data", texts, "--out", new, "--steps", 1)
     refused("cannot load a model", "inspect", tmp_path / "absent")
-    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+    shape: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
     ResNetModel(ResNetConfig(num_channels=3, **shape)).save_pretrained(tmp_path / "resnet")
     refused("ResNetModel: no attention or MLP", "inspect", tmp_path / "resnet")
     refused("'--multiple'", "search", dense, "--data", texts, "--out", new, "--multiple", 0)
@@ -479,9 +479,8 @@ def test_the_dense_model_runs_once_for_all(
 def classifier(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny classifier of texts into three."""
     folder = tmp_path_factory.mktemp("classifier") / "model"
-    names = {"id2label": {0: "sport", 1: "tech", 2: "7"}, "label2id": {"sport": 0, "tech": 1, "7": 2}}
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    BertForSequenceClassification(BertConfig(vocab_size=VOCAB, **shape, **names)).save_pretrained(folder)
+    names: dict[str, Any] = {"id2label": {0: "sport", 1: "tech", 2: "7"}, "label2id": {"sport": 0, "tech": 1, "7": 2}}
+    BertForSequenceClassification(BertConfig(vocab_size=VOCAB, **SHAPE, **names)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
     return folder
 
@@ -530,12 +529,11 @@ def test_labels_come_from_a_column(
 
 def test_tasks_of_language_models_and_of_pictures(dense: Path, tmp_path: Path, ask: Ask) -> None:
     """The next token, and the names of subfolders; a corrupt picture is left out and named."""
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
     llama, vit, pictures = tmp_path / "llama", tmp_path / "vit", tmp_path / "pictures"
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape)).save_pretrained(llama)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SHAPE)).save_pretrained(llama)
     AutoTokenizer.from_pretrained(dense).save_pretrained(llama)
-    names = {"id2label": {0: "dark", 1: "bright"}, "label2id": {"dark": 0, "bright": 1}}
-    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape, **names)).save_pretrained(vit)
+    names: dict[str, Any] = {"id2label": {0: "dark", 1: "bright"}, "label2id": {"dark": 0, "bright": 1}}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SHAPE, **names)).save_pretrained(vit)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(vit)
     for i in range(6):
         file = pictures / ("bright" if i % 2 else "dark") / f"{i}.png"

@@ -24,20 +24,22 @@ from pathprune.transform import reconstruction as compensation
 from pathprune.transform.folding import axis_first
 from pathprune.transform.masks import attach_masks
 from pathprune.transform.reconstruction import by_place, untold
+from pathprune.types import Floats
 from strategies import moments
 
 
 def gpt2() -> nn.Module:
     """Transposed maps, and query, key and value in one."""
     torch.manual_seed(0)
-    shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    shape: dict[str, Any] = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)).eval()
 
 
 def llama() -> nn.Module:
     """Grouped queries, and no biases."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, intermediate_size=20, **shape)).eval()
 
 
@@ -48,8 +50,10 @@ def random_path(model: nn.Module, *, fill: bool, basis: bool) -> pp.SolutionPath
     """A random ranking, compensated; where ``fill`` is false, by the means."""
     pairs = pp.find_pairs(model)
     rng = np.random.default_rng(0)
-    fills = {pair.name: rng.normal(size=(pair.groups, pair.width)) for pair in pairs if pair.fillable}
-    bases = {
+    fills: dict[str, Floats] = {
+        pair.name: rng.normal(size=(pair.groups, pair.width)) for pair in pairs if pair.fillable
+    }
+    bases: dict[str, Floats] = {
         pair.name: np.linalg.qr(rng.normal(size=(pair.groups, pair.width, pair.width)))[0] * rng.uniform(0.5, 2)
         for pair in pairs
         if pair.rotatable
@@ -205,7 +209,7 @@ def test_values_that_never_vary_are_no_error(bias: float) -> None:
 def test_a_token_of_nothing_has_no_part_in_a_fit() -> None:
     """Padding without a mask, whose embedding is zero: relative to it, every error would be infinite."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.3, pad_token_id=0)).eval()
     clean = [{"input_ids": batch["input_ids"]} for batch in tiny_batches()]
     first = clean[0]["input_ids"].clone()

@@ -55,7 +55,8 @@ def test_packed_windows_begin_as_a_text_and_hold_the_texts_end_to_end(
         with pytest.raises(SettingError, match=f"length={length} leaves no room for text: {len(first)} tokens stand"):
             call()
         return
-    row, starts = [], set()
+    row: list[int] = []
+    starts: set[int] = set()
     for text in texts:
         starts.add(len(row))
         ids = [*first, *map(ord, text), *last]
@@ -356,7 +357,8 @@ def test_a_missing_pillow_is_no_fault_of_the_data(pictures: Path, monkeypatch: p
 
 def test_an_image_model_goes_all_the_way(pictures: Path) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 20}
     model = ViTModel(ViTConfig(**shape, image_size=8, patch_size=2, initializer_range=0.3)).eval()
     data = Images(pictures, processor(), batch_size=4)
     path: SolutionPath = pp.search(model, data, steps=8, multiple=1, progress=False)

@@ -168,8 +168,8 @@ def test_an_attention_that_reads_its_maps_weights_is_refused(monkeypatch: pytest
     """Nothing at a map's boundary can stand for what is missing inside it."""
 
     def patched(self: BertSelfAttention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        context, *rest = BertSelfAttention.forward(self, hidden_states, *args, **kwargs)
-        return (context + self.query.weight.sum(), *rest)
+        outputs = BertSelfAttention.forward(self, hidden_states, *args, **kwargs)
+        return (outputs[0] + self.query.weight.sum(), *outputs[1:])
 
     model = tiny("Bert")
     for layer in model.encoder.layer:

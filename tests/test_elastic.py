@@ -23,8 +23,9 @@ from pathprune.evaluation import fidelity
 from pathprune.family.path import SolutionPath
 from pathprune.objectives.embedding import HiddenObjective
 from pathprune.objectives.targets import Targets
-from pathprune.recovery.nested import _Sizes
+from pathprune.recovery.nested import Sizes
 from pathprune.transform.sorting import rebased
+from pathprune.types import Floats
 from test_sorting import path_of
 
 SIZES = (0.75, 0.5, 0.25)
@@ -65,11 +66,12 @@ def test_every_size_is_recovered_and_nothing_else_touched(searched: tuple[BertMo
 def test_what_is_trained_is_what_ships(subject: Subject) -> None:
     """The masks and fills of a step are those of the size that the path gives in the end."""
     path = replace(path_of(subject), basis={})
-    sizes = _Sizes(path, 0.3, torch.device("cpu"))
+    sizes = Sizes(path, 0.3, torch.device("cpu"))
     with torch.no_grad():
         for tensor in (*sizes.slope.values(), *sizes.shift.values()):
             tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
-    after, levels = sizes.path(), []
+    after = sizes.path()
+    levels: list[Any] = []
     for step in range(20):
         visited = sizes.visit(step)
         assert visited.budget is not None
@@ -125,7 +127,8 @@ def test_a_layer_that_the_model_holds_under_two_names() -> None:
 
 def test_experts_are_recovered_too() -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     dense = MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCAB, intermediate_size=32, num_local_experts=3, initializer_range=0.3, head_dim=8, **shape
@@ -216,7 +219,7 @@ def saved(
         path = rebased(
             replace(path, delta={name: rng.normal(size=p.shape) for name, p in model.named_parameters()}), model
         )
-    model.save_pretrained(folder, **options)  # type: ignore[operator]
+    model.save_pretrained(folder, **options)
     path.save(folder)
     return model, path
 
@@ -225,7 +228,7 @@ def saved(
 @pytest.mark.parametrize("keep", [1.0, 0.6, 0.25, 0.01])
 def test_a_loaded_size_is_the_sliced_one(subject: Subject, keep: float, trained: bool, tmp_path: Path) -> None:
     model, path = saved(subject, tmp_path, trained=trained)
-    loaded = pp.load_slice(tmp_path, pp.Budget(keep=keep))
+    loaded: Any = pp.load_slice(tmp_path, pp.Budget(keep=keep))
     small = pp.slice_model(model, path.select(pp.Budget(keep=keep)))
     parameters = dict(small.named_parameters())
     assert parameters.keys() == dict(loaded.named_parameters()).keys()
@@ -405,7 +408,8 @@ def test_a_delta_for_another_parameter_is_refused(subjects: dict[str, Subject], 
     model, path = saved(subjects["bert"], tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good = next(name for name, _ in model.named_parameters())
-    for wrong in ({"nothing": np.ones(3)}, {good: np.ones(3)}):
+    wrongs: list[dict[str, Floats]] = [{"nothing": np.ones(3)}, {good: np.ones(3)}]
+    for wrong in wrongs:
         bad = replace(path, delta=wrong)
         with pytest.raises(pp.MismatchError, match="which the model has not"):
             pp.slice_model(model, bad.select(pp.Budget(keep=0.5)))

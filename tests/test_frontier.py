@@ -23,9 +23,10 @@ from baselines import METHODS, Problem
 from baselines.peers import prunable_left
 from baselines.problem import moments, probes
 from baselines.scores import overlaps, rearranged, rescaled
+from models import MODELS
 from pathprune.objectives.choose import get_objective
 
-SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 class Tiny:
@@ -158,7 +159,7 @@ def test_rescaling_is_the_least_squares(make: Any) -> None:
     for pair in (pair for pair in problem.pairs if pair.kind != "qk"):
         x, y = consumed(problem, pair)
         index = torch.from_numpy(pair.consumer.index(pair.groups, pair.width))  # (G, R, D)
-        weight = problem.dense.get_submodule(pair.consumer.module).weight.double()[:, index]
+        weight = problem.dense.get_parameter(f"{pair.consumer.module}.weight").double()[:, index]
         shares = torch.einsum("tgrd,ogrd->togd", x[:, index], weight) / y.norm(dim=1)[:, None, None, None]
         design = shares.flatten(2).flatten(0, 1)  # (tokens x outputs, G U)
         keep = np.random.default_rng(0).random(pair.shape) < 0.6
@@ -173,8 +174,8 @@ def test_rescaling_is_the_least_squares(make: Any) -> None:
 
 
 def test_record_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(frontier.MODELS, "minilm", lambda split, device: bert())
-    monkeypatch.setitem(frontier.METHODS, "flap", lambda problem: 1 / 0)
+    monkeypatch.setitem(MODELS, "minilm", lambda split, device: bert())
+    monkeypatch.setitem(METHODS, "flap", lambda problem: 1 / 0)
     out, plot = tmp_path / "frontier.json", tmp_path / "frontier.svg"
     arguments = ["--model", "minilm", "--out", str(out), "--plot", str(plot), "--seeds", "2", "--methods"]
     monkeypatch.setattr(sys, "argv", ["frontier.py", *arguments, "random", "taylor", "flap"])
@@ -189,7 +190,7 @@ def test_record_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert found["seeds"] == 2
     assert {"machine", "versions", "steps", "split"} <= record.keys()
 
-    monkeypatch.setitem(frontier.METHODS, "random", lambda problem: 1 / 0)  # it is not run again
+    monkeypatch.setitem(METHODS, "random", lambda problem: 1 / 0)  # it is not run again
     monkeypatch.setattr(sys, "argv", ["frontier.py", *arguments, "random", "magnitude"])
     frontier.main()
     again = json.loads(out.read_text())

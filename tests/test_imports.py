@@ -23,7 +23,7 @@ FLOORS = [
     {"model", "report"},
     {"transform", "data", "objectives"},
     {"discovery", "checkpoint", "evaluation"},
-    {"ranking"},
+    {"ranking", "export"},
     {"recovery"},
     {"cli", "demo"},
 ]
@@ -167,3 +167,12 @@ def test_modules_work_under_their_old_names(old: str, python: Callable[..., Any]
         f"assert [f'pathprune.{new} now' in str(one.message) for one in heard] == [True], heard\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_tests_and_benchmarks_import_public_names_only() -> None:
+    root = Path(__file__).parents[1]
+    for file in [*root.glob("tests/**/*.py"), *root.glob("benchmarks/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pathprune"):
+                private = [name.name for name in node.names if name.name.startswith("_")]
+                assert not private, f"{file.name} imports {private} of {node.module}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,7 +238,8 @@ def test_the_gate_is_the_slope_of_a_sigmoid() -> None:
     torch.testing.assert_close(gate, gate.flip(0))
 
 
-SETTINGS = {"lam": 0.5, "temperature": 0.05, "weight": 1.0, "lr": 0.01, "fill_lr": 0.02, "slope_lr": 0.03}
+SETTINGS: dict[str, Any] = {"lam": 0.5, "temperature": 0.05, "weight": 1.0, "lr": 0.01}
+SETTINGS |= {"fill_lr": 0.02, "slope_lr": 0.03}
 SETTINGS |= {"output_lr": 0.04, "output_grad": torch.zeros(2, 0)}
 SETTINGS |= {"cost": torch.ones(5), "room": torch.ones(5)}
 

@@ -141,7 +141,7 @@ def test_the_second_text_ends_in_padding() -> None:
 
 
 def test_words_are_no_special_tokens() -> None:
-    special = {"bos_token_id": 20, "eos_token_id": 22, "pad_token_id": 24}
+    special: dict[str, Any] = {"bos_token_id": 20, "eos_token_id": 22, "pad_token_id": 24}
     ids = example_inputs(tiny_model("llama", **special))["input_ids"]
     assert not set(ids.unique().tolist()) & set(special.values())
 

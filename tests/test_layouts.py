@@ -60,7 +60,7 @@ def test_unequal_parts_of_heads_share_the_axis_out(groups: int, key: int, value:
 
 @given(small, small, st.integers(1, 5), st.data())
 def test_positions_are_those_of_the_kept_units(groups: int, repeat: int, units: int, data: st.DataObject) -> None:
-    rotary = data.draw(st.sampled_from(["", "halves", "neighbours"]))
+    rotary: Any = data.draw(st.sampled_from(["", "halves", "neighbours"]))
     width = units * (2 if rotary else 1)
     slots = (Slot("q", "out", 5, repeat), Slot("k", "out", 5))
     pair = Pair("p", "qk", "p", groups, width, slots, rotary)

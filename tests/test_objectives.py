@@ -27,7 +27,7 @@ from pathprune.objectives.targets import Targets
 
 WORDS = 11
 TEXT = {"vocab_size": WORDS, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-BERT = {**TEXT, "intermediate_size": 10, "max_position_embeddings": 16}
+BERT: dict[str, Any] = {**TEXT, "intermediate_size": 10, "max_position_embeddings": 16}
 VIT = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 VIT |= {"intermediate_size": 10}
 LLAMA = {**TEXT, "intermediate_size": 10, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -40,7 +40,7 @@ CLIP = {
     "vision_config": {**VIT, "projection_dim": 6},
     "projection_dim": 6,
 }
-WAVE = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 10}
+WAVE: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 10}
 WAVE |= {"conv_dim": (6, 6), "conv_kernel": (4, 2), "conv_stride": (2, 2), "feat_extract_norm": "layer"}
 WAVE |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 2}
 
@@ -154,7 +154,7 @@ class Gate:
     """Numbers that multiply the input of a linear map: (n,), or (B, n) for each sample's own."""
 
     model: nn.Module
-    layer: nn.Module
+    layer: Any
     batch: dict[str, Tensor]
 
     def __call__(self, gate: Tensor, batch: dict[str, Tensor] | None = None) -> Any:

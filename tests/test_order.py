@@ -11,6 +11,7 @@ from hypothesis import given
 
 from pathprune.family.order import UNITS, Order, removal_order
 from pathprune.family.pairs import Pair
+from pathprune.types import Floats
 from strategies import Family, attention_pairs, families, mlp_pair, pair_list
 
 
@@ -95,7 +96,9 @@ def test_a_more_valuable_unit_of_a_head_never_leaves_first(family: Family) -> No
 def test_the_order_depends_on_nothing_but_the_numbers(family: Family) -> None:
     order = family.order
     before = {name: score.copy() for name, score in family.ranking.items()}
-    layouts = {name: np.asfortranarray(score.astype(np.float64)) for name, score in family.ranking.items()}
+    layouts: dict[str, Floats] = {
+        name: np.asfortranarray(score.astype(np.float64)) for name, score in family.ranking.items()
+    }
     doubled = {name: score * 2 for name, score in family.ranking.items()}
     assert_same(order, family.order)
     assert_same(order, replace(family, ranking=layouts).order)
@@ -155,7 +158,7 @@ def test_mixed_takes_whichever_is_worth_less() -> None:
 
 @pytest.mark.parametrize(("units", "multiple", "widths"), [(10, 4, [10, 8, 4, 0]), (3, 8, [3, 0]), (8, 8, [8, 0])])
 def test_widths_step_by_multiples(units: int, multiple: int, widths: list[int]) -> None:
-    order = removal_order([mlp_pair("b", units)], {"b.mlp": np.arange(units)[None]}, multiple=multiple)
+    order = removal_order([mlp_pair("b", units)], {"b.mlp": np.arange(units, dtype=float)[None]}, multiple=multiple)
     assert [int(order.keep(i)["b.mlp"].sum()) for i in range(len(order.units) + 1)] == widths
 
 

@@ -21,6 +21,7 @@ from pathprune.family.budget import Budget
 from pathprune.family.pair_list import PairList
 from pathprune.family.path import FORMAT, SolutionPath
 from pathprune.family.trajectory import Trajectory
+from pathprune.types import Floats
 from strategies import attention_pairs, mlp_pair, pair_list, paths
 
 
@@ -143,7 +144,7 @@ def test_settings_are_checked(pairs: PairList, settings: dict[str, Any], message
 def test_the_family_does_not_depend_on_having_been_saved(pairs: PairList, tmp_path: Path) -> None:
     """Differences that float32 cannot hold order nothing, before saving as after."""
     rng = np.random.default_rng(0)
-    ranking = {pair.name: 1 + 1e-10 * rng.random(pair.shape) for pair in pairs}
+    ranking: dict[str, Floats] = {pair.name: 1 + 1e-10 * rng.random(pair.shape) for pair in pairs}
     path = SolutionPath(pairs, ranking)
     path.save(tmp_path)
     assert_equal(SolutionPath.load(tmp_path), path)
@@ -247,8 +248,8 @@ def test_a_path_is_opened_and_cut_without_torch_or_transformers(
 def filled(pairs: PairList, seed: int = 0) -> SolutionPath:
     """A path with arrays of every kind that a search gives."""
     rng = np.random.default_rng(seed)
-    scores = {pair.name: rng.random(pair.shape) for pair in pairs}
-    fill = {pair.name: rng.random((pair.groups, pair.width)) for pair in pairs if pair.fillable}
+    scores: dict[str, Floats] = {pair.name: rng.random(pair.shape) for pair in pairs}
+    fill: dict[str, Floats] = {pair.name: rng.random((pair.groups, pair.width)) for pair in pairs if pair.fillable}
     trajectory = Trajectory(loss=rng.random(3).astype(np.float32))
     return SolutionPath(pairs, scores, fill=fill, trajectory=trajectory, config={"seed": seed})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from pathprune import progress
 from pathprune.progress import track
 
 
@@ -12,7 +13,7 @@ from pathprune.progress import track
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds, as the loop sees them."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

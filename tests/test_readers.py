@@ -31,6 +31,7 @@ from pathprune.errors import ArtifactError, MismatchError, PathpruneError
 from pathprune.transform.modules import matched_record, shape_modules
 from pathprune.transform.record import PathpruneConfig
 from pathprune.transform.record_checks import check_record
+from pathprune.types import Floats
 
 RANDOMS = st.randoms(use_true_random=False)
 BATCH = tiny_batches(1)[0]
@@ -313,7 +314,7 @@ def test_a_changed_path_is_refused(written: dict[str, Path], tmp_path: Path, nam
 def test_a_singular_basis_is_refused() -> None:
     path = random_path(pp.find_pairs(tiny_bert()))
     pair = next(pair for pair in path.pairs if pair.rotatable)
-    basis = {pair.name: np.ones((pair.groups, pair.width, pair.width))}
+    basis: dict[str, Floats] = {pair.name: np.ones((pair.groups, pair.width, pair.width))}
     with pytest.raises(MismatchError, match=f"basis of {pair.name} has a matrix that cannot be inverted"):
         pp.SolutionPath(path.pairs, path.ranking, basis=basis)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def half(model: torch.nn.Module) -> torch.nn.Module:
 def test_transposed_maps_and_maps_without_biases_recover(kind: str) -> None:
     """GPT-2 keeps its weights transposed; a sliced Llama has been given biases that the dense model lacks."""
     torch.manual_seed(0)
+    shape: dict[str, Any]
     if kind == "gpt2":
         shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
         teacher = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)).eval()
@@ -66,11 +68,11 @@ def test_recovery_helps_and_touches_nothing_else() -> None:
     assert 1 - fidelity(recovered, teacher, unseen) < 0.8 * (1 - fidelity(small, teacher, unseen))
 
 
-def test_recovered_model_saves_and_loads(tmp_path: object) -> None:
+def test_recovered_model_saves_and_loads(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     teacher = tiny_bert()
-    recovered = pp.recover(half(teacher), teacher=teacher, data=tiny_batches(), steps=3, progress=False)
+    recovered: Any = pp.recover(half(teacher), teacher=teacher, data=tiny_batches(), steps=3, progress=False)
     recovered.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     batch = tiny_batches()[0]
@@ -112,7 +114,7 @@ def test_mixed_precision_trains_as_well(recover: Any) -> None:
     trained = []
     for bf16 in (False, True):
         steps, lr = (60, 3e-3) if recover else (300, 3e-3)
-        settings = {"data": data, "steps": steps, "lr": lr, "bf16": bf16, "progress": False}
+        settings: dict[str, Any] = {"data": data, "steps": steps, "lr": lr, "bf16": bf16, "progress": False}
         if recover:
             trained.append(recover(small, teacher=teacher, **settings))
         else:
@@ -128,8 +130,10 @@ def test_mixed_precision_trains_as_well(recover: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_train_as_well(dtype: torch.dtype) -> None:
     """Steps too small for such weights add up all the same."""
-    teacher, data = tiny_bert(), tiny_batches(count=40)
-    small, settings = half(teacher), {"data": data, "steps": 100, "lr": 1e-4, "progress": False}
+    teacher: Any = tiny_bert()
+    data = tiny_batches(count=40)
+    small: Any = half(teacher)
+    settings: dict[str, Any] = {"data": data, "steps": 100, "lr": 1e-4, "progress": False}
     exact = pp.recover(small, teacher=teacher, **settings)
     rough = pp.recover(copy.deepcopy(small).to(dtype), teacher=copy.deepcopy(teacher).to(dtype), **settings)
     assert {p.dtype for p in rough.parameters()} == {dtype}
@@ -141,7 +145,7 @@ def test_weights_of_16_bits_train_as_well(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_lora_changes_every_map_by_a_low_rank_and_helps(kind: str) -> None:
     torch.manual_seed(0)
-    shape = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    shape: dict[str, Any] = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
     config = GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **shape)
     teacher = tiny_bert() if kind == "bert" else GPT2LMHeadModel(config).eval()
     small, data = half(teacher), tiny_batches(count=40)

@@ -18,7 +18,7 @@ from pathprune.registry import BUDGETS, OBJECTIVES, Registry
 PLUGIN = Path(__file__).parent / "plugin"
 
 
-def test_an_installed_package_brings_its_own(python: Callable[..., Any]) -> None:
+def test_an_installed_package_brings_its_own(python: Callable[..., Any], tmp_path: Path) -> None:
     done = python(
         """
 import sys
@@ -39,10 +39,15 @@ small = pp.slice_model(model, selection)
 with torch.no_grad(), pp.masked(model, selection):
     expected = model(ids)
 torch.testing.assert_close(small(ids), expected, rtol=1e-4, atol=1e-5)
+from pathprune.registry import EXPORTERS
+how = EXPORTERS["numbers"](small, sys.argv[2], source="")
+assert how.startswith("cat "), how
 print(sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()))
 """,
         PLUGIN,
+        tmp_path / "numbers",
     )
+    assert (tmp_path / "numbers" / "numbers.txt").read_text().isdigit()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "True"
 
@@ -68,7 +73,7 @@ def test_a_layout_for_one_call(plugin: Any) -> None:
 def test_an_objective_that_a_program_registers(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OBJECTIVES, "_values", dict(OBJECTIVES._values))
 
-    class First(plugin.FirstToken):  # type: ignore[name-defined]
+    class First(plugin.FirstToken):  # type: ignore[misc]
         name = "first"
 
         def target(self, outputs: Any, batch: Any) -> Any:

@@ -112,8 +112,8 @@ def test_every_visited_mask_is_what_the_path_would_ship() -> None:
 
 
 def shuffled() -> DataLoader[Any]:
-    samples = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
-    return DataLoader(samples, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    samples: Any = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
+    return DataLoader(samples, batch_size=2, shuffle=True)
 
 
 SHORT = SearchConfig(steps=12, multiple=2)
@@ -261,7 +261,7 @@ def test_a_registered_dynamics_is_searched_with(dynamics: Any, rows: bool, tmp_p
     DYNAMICS.register(name, dynamics)
     dynamics.begun.clear()
     model = tiny_bert()
-    layer = model.encoder.layer[0]
+    layer: Any = model.encoder.layer[0]
     with torch.no_grad():
         layer.output.dense.weight[:, :8] = 0  # eight idle neurons
     path = run(model, dynamics=name, out=tmp_path)
@@ -316,7 +316,7 @@ def test_every_setting_reaches_the_config() -> None:
 
 def test_outputs_are_learned_of_language_models_alone() -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     data = [{"input_ids": batch["input_ids"]} for batch in tiny_batches()]
     path = pp.search(model, data, steps=12, multiple=2, progress=False)
@@ -334,7 +334,7 @@ def test_outputs_are_learned_of_language_models_alone() -> None:
 def test_the_ranking_follows_the_loss() -> None:
     """A neuron that the model cannot do without ends above neurons that do nothing."""
     model = tiny_bert()
-    layer = model.encoder.layer[0]
+    layer: Any = model.encoder.layer[0]
     with torch.no_grad():
         layer.output.dense.weight[:, :8] = 0  # eight idle neurons
     path = run(model, steps=40, multiple=1)
@@ -683,7 +683,8 @@ def test_data_without_content_is_refused(later: bool) -> None:
     for bad in ({**good[0], "attention_mask": mask}, {name: part[:0] for name, part in good[0].items()}):
         with pytest.raises(pp.DataError, match="has no sample or no real token"):
             pp.search(bert, [*good, bad] if later else [bad], steps=12, progress=False)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     vit = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
     pictures = [{"pixel_values": torch.randn(3, 3, 8, 8)} for _ in range(2)]
     pictures[later]["pixel_values"][0, 0, 0, 0] = float("nan")
@@ -692,5 +693,6 @@ def test_data_without_content_is_refused(later: bool) -> None:
 
 
 def test_a_model_without_weights_is_refused_before_it_runs() -> None:
+    model: Any = tiny_bert()
     with pytest.raises(pp.UnsupportedModelError, match="are on the meta device"):
-        run(tiny_bert().to("meta"))
+        run(model.to("meta"))

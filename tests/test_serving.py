@@ -63,7 +63,7 @@ TEMPLATES = {  # what stands around a text, as in the tokenizers of these models
     "bart, roberta": "<s> $A </s>",
     "bert, vit text towers": "[CLS] $A [SEP]",
 }
-BERT = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 12, "max_position_embeddings": 32}
 
 
@@ -231,9 +231,10 @@ def test_sound_of_30_seconds_and_of_its_own_length() -> None:
     generator = np.random.default_rng(0)
     sounds = [generator.standard_normal(seconds * 800).astype(np.float32) for seconds in (5, 12, 20)]
     extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12}
+    shape: dict[str, Any] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    shape |= {"encoder_ffn_dim": 12, "decoder_ffn_dim": 12}
     shape |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20, "num_mel_bins": 8}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
     config = WhisperConfig(max_source_positions=50, max_target_positions=8, **shape, **tokens)
     torch.manual_seed(0)
     whisper = WhisperForConditionalGeneration(config).eval()
@@ -248,7 +249,8 @@ def test_sound_of_30_seconds_and_of_its_own_length() -> None:
 
     wave = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     batch = dict(wave(sounds, sampling_rate=16000, padding=True, return_tensors="pt"))
-    convolutions = {"conv_dim": (6, 6), "conv_kernel": (4, 2), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    convolutions: dict[str, Any] = {"conv_dim": (6, 6), "conv_kernel": (4, 2), "conv_stride": (2, 2)}
+    convolutions |= {"num_feat_extract_layers": 2}
     shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 10}
     model = transformers.Wav2Vec2Model(
         transformers.Wav2Vec2Config(**shape, **convolutions, num_conv_pos_embeddings=2, num_conv_pos_embedding_groups=2)

@@ -144,7 +144,8 @@ def test_a_decoder_fed_token_by_token_is_the_decoder(subjects: dict[str, Subject
     """Positions come from the cache, which must know its length whatever layers are left."""
     llama = subjects["llama"]
     small = slice_model(llama.model, selection_of(llama.pairs, case))
-    ids, steps, cache = llama.inputs["input_ids"], [], None
+    cache: Any = None
+    ids, steps = llama.inputs["input_ids"], []
     with torch.no_grad():
         for token in ids.split(1, dim=1):
             output = small(token, past_key_values=cache, use_cache=True)
@@ -221,7 +222,7 @@ def test_a_static_cache_is_filled_by_chunks(case: str) -> None:
     dense = tiny_model("llama").float()
     dense.generation_config.pad_token_id = 0
     small: Any = slice_model(dense, selection_of(find_pairs(dense), case))
-    inputs = {"input_ids": tiny_inputs(length=9)["input_ids"], "max_new_tokens": 5, "do_sample": False}
+    inputs: dict[str, Any] = {"input_ids": tiny_inputs(length=9)["input_ids"], "max_new_tokens": 5, "do_sample": False}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     expected = small.generate(**inputs, use_cache=False)
     for model in (small, copy.deepcopy(small)):

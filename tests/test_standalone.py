@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
 
 import pathprune as pp
 from golden import make
@@ -118,8 +118,8 @@ def test_what_cannot_stand_alone_is_refused_before_anything_is_written(tmp_path:
     class Mine(BertModel):
         pass
 
-    settings: dict[str, Any] = {"num_attention_heads": 3, "max_position_embeddings": 16}
-    model = Mine(BertConfig(**make.COMMON, **settings)).eval()
+    settings: dict[str, Any] = {**make.COMMON, "num_attention_heads": 3, "max_position_embeddings": 16}
+    model = Mine(BertConfig(**settings)).eval()
     with pytest.raises(UnsupportedModelError, match=r"standalone=True is for sliced models .* the Mine is none"):
         pp.save_model(model, tmp_path / "small", standalone=True)
     pairs = pp.find_pairs(model)
@@ -128,3 +128,50 @@ def test_what_cannot_stand_alone_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(UnsupportedModelError, match=r"Mine is from \S*test_standalone, not from transformers"):
         pp.save_model(small, tmp_path / "small", standalone=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_it_with_the_tokenizer(tmp_path: Path, python: Callable[..., Any]) -> None:
+    small, _ = small_model("bert")
+    pp.save_model(small, tmp_path / "small")
+    (tmp_path / "small" / "tokenizer_config.json").write_text("{}")
+    command = "import sys\nsys.argv = ['pathprune', *sys.argv[1:]]\nfrom pathprune.cli.app import main\nmain()"
+    done = python(command, "export", "auto", tmp_path / "small", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: AutoModel.from_pretrained(")
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    done = python(command, "export", "auto", tmp_path / "small", "--out", tmp_path / "out")
+    assert (done.returncode, "--overwrite replaces it" in done.stderr) == (2, True)
+    done = python(command, "evaluate", tmp_path / "out", "--teacher", tmp_path / "small", "--data", tmp_path)
+    assert (done.returncode, "is an export, which opens by code of its own" in done.stderr) == (2, True)
+    done = python(command, "export", "onx", tmp_path / "small", "--out", tmp_path / "other")
+    assert (done.returncode, "'onx' is not one of auto" in done.stderr) == (2, True)
+
+
+def test_sentence_transformers_opens_it(tmp_path: Path, python: Callable[..., Any]) -> None:
+    pytest.importorskip("sentence_transformers")
+    small, _ = small_model("bert")
+    small.float()
+    source = tmp_path / "source"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+    source.mkdir()
+    (source / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    pp.save_model(small, tmp_path / "small", source=source, standalone=True)
+    done = python(
+        """
+import sys
+sys.modules["pathprune"] = None
+from sentence_transformers import SentenceTransformer
+print(SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu").encode(["w1 w2 w3", "w4"]).shape)
+""",
+        tmp_path / "small",
+    )
+    assert done.stdout.strip() == "(2, 24)", done.stderr[-1500:]

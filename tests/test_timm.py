@@ -96,7 +96,8 @@ def images(row: str) -> Tensor:
 def wrap(row: str, wrapper: type[Any]) -> Any:
     architecture, arguments = ROWS[row]
     own = {name: value for name, value in arguments.items() if name != "num_classes"}
-    config = TimmWrapperConfig(architecture=architecture, model_args=own, num_labels=arguments["num_classes"])
+    labels: dict[str, Any] = {"num_labels": arguments["num_classes"]}
+    config = TimmWrapperConfig(architecture=architecture, model_args=own, **labels)
     return wrapper(config).double().eval()
 
 
@@ -184,6 +185,7 @@ def test_fused_attention_may_be_switched(bare: Subject, case: str) -> None:
     small = slice_model(bare.model, selection_of(bare.pairs, case))
     expected = bare.output(small)
     switched = 0
+    module: Any
     for module in small.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not module.fused_attn

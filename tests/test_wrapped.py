@@ -225,7 +225,7 @@ def halved(self: nn.Linear, input: Tensor) -> Tensor:
 
 
 def test_a_map_with_a_forward_of_its_own_is_no_map() -> None:
-    model = tiny_bert()
+    model: Any = tiny_bert()
     first, second = (layer.attention.self for layer in model.encoder.layer)
     first.query.__class__ = Rounded
     second.key.forward = MethodType(halved, second.key)

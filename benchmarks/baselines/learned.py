@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def lbi(problem: Problem) -> pp.SolutionPath:
     return searched(problem, dynamics="lbi", basis=False, fill=False)
 
 
-def searched(problem: Problem, **settings: object) -> pp.SolutionPath:
+def searched(problem: Problem, **settings: Any) -> pp.SolutionPath:
     return pp.search(
         problem.model,
         problem.batches,

@@ -100,7 +100,7 @@ def pruned(problem: Problem, squares: dict[str, Tensor], ratio: float, ranked_gl
         group.prune()
     for pair in problem.pairs:
         if pair.kind == "qk":
-            query = linear_map(model, pair.slots[0].module)
+            query: Any = linear_map(model, pair.slots[0].module)
             resize(model.get_submodule(attention_of(model, pair)), query.out_features, pruner.num_heads[query])
     return model.requires_grad_(False)
 

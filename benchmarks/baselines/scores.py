@@ -28,7 +28,7 @@ def magnitude(problem: Problem) -> pp.SolutionPath:
     """
     scores = {}
     for pair in problem.pairs:
-        square = sum(weights(problem, pair, slot).square().sum((1, 3)) for slot in pair.slots)
+        square = sum((weights(problem, pair, slot).square().sum((1, 3)) for slot in pair.slots), torch.zeros(()))
         scores[pair.name] = by_unit(pair, square) / pair.unit_params
     return problem.path(scores)
 

@@ -115,6 +115,9 @@ DYNAMICS: Registry[Any] = Registry(  # ``pathprune.ranking.dynamics.Driver``
         "spp-released": "pathprune.ranking.dynamics:Released",
     },
 )
+EXPORTERS: Registry[Any] = Registry(  # ``pathprune.export.base.Exporter``
+    "exporter", "exporters", {"auto": "pathprune.export.auto:export"}
+)
 LAYOUTS: Registry[Any] = Registry(  # ``pathprune.discovery.layouts.candidate.Layout``, asked in this order
     "layout",
     "layouts",

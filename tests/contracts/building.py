@@ -129,9 +129,10 @@ def prompt(row: Row, inputs: Inputs) -> Inputs:
 @torch.no_grad()
 def generate(model: Any, inputs: Inputs, **settings: Any) -> tuple[Tensor, Tensor]:
     """Greedy tokens, and the logits that they were chosen by, (steps, batch, vocabulary)."""
-    found = GENERATE.get(type(model).__name__, transformers.GenerationMixin.generate)(
+    own: dict[str, Any] = {name: tensor.clone() for name, tensor in inputs.items()}  # BLIP writes into its prompt
+    found: Any = GENERATE.get(type(model).__name__, transformers.GenerationMixin.generate)(
         model,
-        **{name: tensor.clone() for name, tensor in inputs.items()},  # BLIP writes into its prompt
+        **own,
         **settings,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,

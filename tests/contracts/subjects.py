@@ -130,7 +130,7 @@ SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 # Without an end token, so that generation never ends early.
 ENDLESS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None}
 
-BERT = {
+BERT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 30,
     "num_hidden_layers": 2,
@@ -168,7 +168,7 @@ SWIN = {
     "drop_path_rate": 0.1,
 }
 # Groups of three query heads; heads wider in sum than the model.
-DECODER = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 30,
     "num_hidden_layers": 2,
@@ -193,8 +193,8 @@ TOWER = {
     "attention_dropout": 0.1,
 }
 TEXT_TOWER = {**TOWER, "vocab_size": VOCAB, "max_position_embeddings": 16}
-IMAGE_TOWER = {**TOWER, "image_size": 12, "patch_size": 4, "hidden_size": 36, "intermediate_size": 23}
-SEQ2SEQ = {
+IMAGE_TOWER: dict[str, Any] = {**TOWER, "image_size": 12, "patch_size": 4, "hidden_size": 36, "intermediate_size": 23}
+SEQ2SEQ: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 40,
     "d_model": 30,

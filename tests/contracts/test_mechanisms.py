@@ -220,7 +220,8 @@ def test_pairs_do_not_depend_on_padding(row: str) -> None:
     assert pairs.refused == subject.pairs.refused
 
 
-BLOCKS = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}  # for more than 14 tokens
+# For more than 14 tokens.
+BLOCKS: dict[str, Any] = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import pathprune as pp
 
 HERE = Path(__file__).parent
 SIZES = (0.8, 0.5, 0.3)
-COMMON = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 24}
+COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 24}
 SEARCH: dict[str, Any] = {"steps": 12, "multiple": 2, "output_lr": 0.01, "progress": False}
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -10,10 +10,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from pathprune.errors import ArtifactError, MismatchError
 from pathprune.family.artifact import open_regular, read_json
+from pathprune.model.contexts import M
 from pathprune.transform.modules import shape_attention, shape_modules
 from pathprune.transform.record import PathpruneConfig
 from pathprune.transform.record_checks import check_record
@@ -21,7 +21,7 @@ from pathprune.transform.record_checks import check_record
 WEIGHTS, SHAPES = "model.safetensors", "pathprune.json"  # of a model of another library
 
 
-def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def load_model(model: M, folder: str | os.PathLike[str]) -> M:
     """Give a model of another library than transformers the shapes and weights that ``save_model`` wrote.
 
     Args:

@@ -16,6 +16,7 @@ from pathprune._version import __version__
 from pathprune.cli.demo import demo
 from pathprune.cli.elastic import elastic
 from pathprune.cli.evaluate import evaluate
+from pathprune.cli.export import export
 from pathprune.cli.inspect import inspect
 from pathprune.cli.recover import recover
 from pathprune.cli.report import report
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 
 
-for command in (inspect, search, slice_, recover, elastic, evaluate, report, demo):
+for command in (inspect, search, slice_, recover, elastic, evaluate, export, report, demo):
     app.command(command.__name__.rstrip("_"))(command)
 
 

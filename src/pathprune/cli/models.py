@@ -9,6 +9,8 @@ from typing import Any
 from pathprune.cli.options import HUB_ID
 from pathprune.errors import PathpruneError
 
+CODE = "modeling_pathprune.py"  # as pathprune.checkpoint.standalone names it, which needs torch
+
 
 def check_model(name: str) -> None:
     """That there is such a model, before anything slow: a folder of one, or an id that the hub knows.
@@ -30,6 +32,11 @@ def check_model(name: str) -> None:
             )
             beside = f"; is it {inside[0]}?" if inside else ""
             raise PathpruneError(f"cannot load a model from {name}: it {what}, it has no config.json{beside}")
+        if (folder / CODE).exists():
+            raise PathpruneError(
+                f"{name} is an export, which opens by code of its own, not run here; give the folder that it was "
+                "made from"
+            )
         return
     if folder.exists():
         raise PathpruneError(f"cannot load a model from {name}: it is a file; give the folder that it is in")

@@ -30,7 +30,7 @@ BYTES = {"": 1, "b": 1} | {
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
-def _one_of(names: Callable[[], Mapping[str, Any]], *more: str) -> Callable[[str], str]:
+def one_of(names: Callable[[], Mapping[str, Any]], *more: str) -> Callable[[str], str]:
     def check(name: str) -> str:
         known = names()
         if name not in known and name not in more:
@@ -57,7 +57,7 @@ POOLED = [f"{name}-{pooling}" for name in ("embedding", "hidden") for pooling in
 ObjectiveOpt = Annotated[
     str,
     typer.Option(
-        callback=_one_of(
+        callback=one_of(
             lambda: OBJECTIVES,
             "auto",
             *(f"{name}-{pooling}" for name in ("embedding", "hidden") for pooling in ("mean", "class", "last")),
@@ -81,14 +81,14 @@ LabelFieldOpt = Annotated[str, typer.Option(help="Column or field that holds the
 
 
 DynamicsOpt = Annotated[
-    str, typer.Option(callback=_one_of(lambda: DYNAMICS), help="How the path is found: sampled, lbi or spp-released.")
+    str, typer.Option(callback=one_of(lambda: DYNAMICS), help="How the path is found: sampled, lbi or spp-released.")
 ]
 
 
 UnitOpt = Annotated[
     str,
     typer.Option(
-        callback=_one_of(lambda: dict.fromkeys(UNIT_KINDS)),
+        callback=one_of(lambda: dict.fromkeys(UNIT_KINDS)),
         help="What an attention layer may lose: mixed, dim, shared or head.",
     ),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pathprune.errors import SettingError
-from pathprune.family.pairs import Pair, _fields
+from pathprune.family.pairs import Pair, check_fields
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class BaseModel:
     itemsize: int = 0
 
     def __post_init__(self) -> None:
-        _fields("the base model", {str: (self.architecture, self.config_hash, self.fingerprint)})
+        check_fields("the base model", {str: (self.architecture, self.config_hash, self.fingerprint)})
         for name in ("params", "macs_per_token", "macs_per_sequence", "bytes", "itemsize"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:

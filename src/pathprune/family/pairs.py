@@ -43,7 +43,7 @@ def whole(*values: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < LIMIT for n in values)
 
 
-def _fields(what: str, types: Mapping[type, tuple[Any, ...]]) -> None:
+def check_fields(what: str, types: Mapping[type, tuple[Any, ...]]) -> None:
     """Refuse values that are not of their type: they may come from a file."""
     for kind, values in types.items():
         for value in values:
@@ -98,7 +98,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         names, flags = (self.module, self.side, self.layout, self.parameter), (self.bias, self.transposed)
-        _fields(f"a map {self.module!r}", {str: names, bool: flags})
+        check_fields(f"a map {self.module!r}", {str: names, bool: flags})
         if not self.total:
             object.__setattr__(self, "total", self.repeat)
         if self.side not in ("out", "in") or self.layout not in get_args(Layout):
@@ -189,7 +189,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         flags = (self.mixing, self.narrow, self.fewer, self.rescale, self.once)
-        _fields(f"a pair {self.name!r}", {str: (self.name, self.kind, self.block, self.rotary), bool: flags})
+        check_fields(f"a pair {self.name!r}", {str: (self.name, self.kind, self.block, self.rotary), bool: flags})
         if self.rotary not in ("", "halves", "neighbours"):
             raise SettingError(f"{self.name}: rotary={self.rotary!r} is not '', 'halves' or 'neighbours'")
         if self.kind not in ("qk", "vo", "mlp") or len(self.slots) < 2:

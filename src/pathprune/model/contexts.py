@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pathprune.errors import SettingError
+
+M = TypeVar("M", bound=nn.Module)  # what is made of a model has its class
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def eager(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copied(model: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy without what was compiled, which would still call the original."""
     other = copy.deepcopy(model, memo)
     for module in other.modules():

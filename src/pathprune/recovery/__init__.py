@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pathprune.data.batches import Batches
 from pathprune.errors import MismatchError
-from pathprune.model.contexts import copied, evaluating
+from pathprune.model.contexts import M, copied, evaluating
 from pathprune.model.wrapped import check_bare
 from pathprune.objectives.base import Objective
 from pathprune.objectives.targets import Targets
@@ -22,7 +22,7 @@ from pathprune.recovery.training import distill, low_rank, trainable, warn_of_no
 
 
 def recover(
-    small: nn.Module,
+    small: M,
     teacher: nn.Module | Targets,
     data: Iterable[Mapping[str, Tensor]],
     *,
@@ -34,7 +34,7 @@ def recover(
     lora_rank: int | None = None,
     validation: Iterable[Mapping[str, Tensor]] | None = None,
     progress: bool | None = None,
-) -> nn.Module:
+) -> M:
     """A copy of ``small``, of the same shape, trained to imitate ``teacher``; both are untouched.
 
     One sample in ten (of few, more) is held back, and the weights that were best on those come back: never worse than

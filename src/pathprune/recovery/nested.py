@@ -24,7 +24,7 @@ from pathprune.family.budget import Budget
 from pathprune.family.learned import LEARNED, at_sparsity
 from pathprune.family.path import SolutionPath
 from pathprune.family.selection import Selection
-from pathprune.model.contexts import evaluating
+from pathprune.model.contexts import M, evaluating
 from pathprune.objectives.base import Objective
 from pathprune.objectives.targets import Targets
 from pathprune.ranking.dynamics import GOLDEN
@@ -40,7 +40,7 @@ BESIDE_LR = 0.01  # peak, of slopes, and of fills in their own mean size
 
 
 def elastic(
-    model: nn.Module,
+    model: M,
     path: SolutionPath,
     data: Iterable[Mapping[str, Tensor]],
     *,
@@ -53,7 +53,7 @@ def elastic(
     teacher: Targets | None = None,
     validation: Iterable[Mapping[str, Tensor]] | None = None,
     progress: bool | None = None,
-) -> tuple[nn.Module, SolutionPath]:
+) -> tuple[M, SolutionPath]:
     """The dense model with its units sorted, and a path over it of which every size is recovered.
 
     Samples are held back as in ``recover``. What comes back was best on them, over three sizes none of which may be
@@ -90,7 +90,7 @@ def elastic(
         raise SettingError(f"lowest={lowest} must lie between 0 and 1: it is the smallest share of parameters to train")
     batches = Batches(model, data)
     ordered, path = sort_units(model, path)
-    student, sizes = _Student(ordered, path), _Sizes(path, lowest, batches.device)
+    student, sizes = _Student(ordered, path), Sizes(path, lowest, batches.device)
 
     def visit(step: int) -> None:
         student.sparsity = sizes.visit(step).sparsity
@@ -177,7 +177,7 @@ class _Student(nn.Module):
         return {name: delta.detach().cpu().numpy() for name, delta in zip(self.of, self.deltas, strict=True)}
 
 
-class _Sizes:
+class Sizes:
     """The mask of the size that a step visits, and what is trained of it.
 
     Attributes:

@@ -319,7 +319,7 @@ def default_lr(objective: Objective, gone: float) -> float:
     Args:
         gone: share of the trained parameters that slicing took away.
     """
-    return (LOGITS_LR if isinstance(objective, LogitsObjective | TaskObjective) else LR) * gone**2
+    return (LOGITS_LR if isinstance(objective, LogitsObjective | TaskObjective) else LR) * gone**1.5
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

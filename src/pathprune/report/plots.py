@@ -73,7 +73,7 @@ STYLE: dict[str, Any] = {
 P = ParamSpec("P")
 
 
-def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     """Turn a function that draws a figure into one that returns it as SVG; the docstring's first line names it."""
 
     @functools.wraps(draw)
@@ -97,7 +97,7 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return drawn
 
 
-@_as_svg
+@as_svg
 def quality_by_size(family: Mapping[str, Any]) -> Figure:
     """Quality against size: one panel per metric, one line per stage.
 
@@ -142,7 +142,7 @@ def quality_by_size(family: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@_as_svg
+@as_svg
 def solution_path(path: SolutionPath) -> Figure:
     """The solution path: L1 norm of Gamma over search steps, one line per layer.
 
@@ -171,7 +171,7 @@ def solution_path(path: SolutionPath) -> Figure:
     return figure
 
 
-@_as_svg
+@as_svg
 def loss_by_level(path: SolutionPath) -> Figure:
     """Loss of the masks that the search visited, by the share of the model that they kept.
 
@@ -186,7 +186,7 @@ def loss_by_level(path: SolutionPath) -> Figure:
     steps = ScalarMappable(Normalize(1, len(loss)), DEPTH)
     axes.scatter(level, loss, c=steps.to_rgba(np.arange(1, len(loss) + 1)), s=16, alpha=0.85, linewidths=0)
     if (loss > 0).all():
-        _log_axis(axes, loss)
+        log_axis(axes, loss)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("prunable parameters kept")
     axes.set_ylabel("loss")
@@ -194,7 +194,7 @@ def loss_by_level(path: SolutionPath) -> Figure:
     return figure
 
 
-@_as_svg
+@as_svg
 def kept_widths(path: SolutionPath, fractions: Sequence[float]) -> Figure:
     """Share of every layer that stays, for each share of the prunable parameters kept.
 
@@ -236,7 +236,7 @@ def kept_widths(path: SolutionPath, fractions: Sequence[float]) -> Figure:
     return figure
 
 
-@_as_svg
+@as_svg
 def widths_by_layer(family: Mapping[str, Any]) -> Figure:
     """Widths of every layer of every member.
 
@@ -272,7 +272,7 @@ def widths_by_layer(family: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@_as_svg
+@as_svg
 def latency(family: Mapping[str, Any]) -> Figure:
     """Measured latency of every member, as a share of the dense model's, beside the share of arithmetic left.
 
@@ -329,7 +329,7 @@ def _nothing(why: str) -> Figure:
     return figure
 
 
-def _log_axis(axes: Axes, values: Any) -> None:
+def log_axis(axes: Axes, values: Any) -> None:
     """A logarithmic y axis with plain numbers (powers would be set as mathematics), dense enough to read off."""
     axes.set_yscale("log")
     narrow = values.max() < 30 * values.min()

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.selection import Selection
-from pathprune.model.contexts import copied
+from pathprune.model.contexts import M, copied
 from pathprune.model.linear import linear_map
 from pathprune.transform.delta import at_size
 from pathprune.transform.experts import check_experts, sliced_stacks
@@ -32,7 +30,7 @@ from pathprune.transform.plan import plan
 from pathprune.transform.record import Record
 
 
-def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
+def slice_model(model: M, selection: Selection) -> M:
     """A new, physically smaller model; ``model`` is untouched.
 
     In exact arithmetic its outputs are those of ``masked(model, selection)``.
@@ -52,13 +50,13 @@ def slice_model(model: nn.Module, selection: Selection) -> nn.Module:
     return small
 
 
-def slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
+def slice_modules(model: M, selection: Selection) -> tuple[M, Record]:
     """Slice any module tree that holds the selection's pairs; no identity is checked or recorded."""
     with at_size(model, selection):
         return _slice_modules(model, selection)
 
 
-def _slice_modules(model: nn.Module, selection: Selection) -> tuple[nn.Module, Record]:
+def _slice_modules(model: M, selection: Selection) -> tuple[M, Record]:
     axes, record = plan(model, selection)
     check_experts(model, record)
     memo: dict[int, Any] = {}

@@ -19,7 +19,7 @@ from pathprune.family.order import UnitOrder
 from pathprune.family.pair_list import PairList
 from pathprune.family.pairs import Pair, Slot
 from pathprune.family.path import SolutionPath
-from pathprune.model.contexts import copied
+from pathprune.model.contexts import M, copied
 from pathprune.model.identity import check_base, identify
 from pathprune.model.linear import linear_map
 from pathprune.transform.attach import own_names
@@ -28,7 +28,7 @@ from pathprune.transform.reconstruction import constant
 from pathprune.types import Floats, Ints
 
 
-def sort_units(model: nn.Module, path: SolutionPath) -> tuple[nn.Module, SolutionPath]:
+def sort_units(model: M, path: SolutionPath) -> tuple[M, SolutionPath]:
     """A model that computes what ``model`` computes, with its units sorted, and a path of the same family over it.
 
     The sorted model has the class, configuration and shapes of ``model``, which is untouched; sliced at any

@@ -1,0 +1,1 @@
+"""Sliced models for other runtimes: one file a target."""
