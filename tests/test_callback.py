@@ -97,7 +97,12 @@ def test_every_must_be_positive() -> None:
 def test_a_trainer_takes_it(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=VOCAB, **sizes, max_position_embeddings=32))
     rows = [
         {**{name: part[0] for name, part in batch.items()}, "labels": i % 2} for i, batch in enumerate(tiny_batches(16))

@@ -636,7 +636,11 @@ def test_stopped_elsewhere_exits_with_130_and_leaves_nothing(
     texts = dense.parent / "texts.txt"
     assert ask("search", dense, "--data", texts, "--out", tmp_path / "run", "--steps", 4)[0] == 0
     monkeypatch.setattr("pathprune.transform.slicing.slice_modules", stop)
-    assert ask("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half")[0] == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert ask("slice", tmp_path / "run", dense, "--keep", 0.5, "--out", tmp_path / "half")[0] == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -112,8 +112,8 @@ def test_every_visited_mask_is_what_the_path_would_ship() -> None:
 
 
 def shuffled() -> DataLoader[Any]:
-    samples = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
-    return DataLoader(samples, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    samples: Any = [{key: tensor[0] for key, tensor in batch.items()} for batch in tiny_batches(count=8)]
+    return DataLoader(samples, batch_size=2, shuffle=True)
 
 
 SHORT = SearchConfig(steps=12, multiple=2)
