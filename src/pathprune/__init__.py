@@ -95,9 +95,7 @@ wrapt.register_post_import_hook(lambda module: import_module("pathprune.checkpoi
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"pathprune.{name}")
-    if name in _moved.MOVED:
+    if name in _MODULES or name in _moved.MOVED:
         return import_module(f"pathprune.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pathprune' has no attribute {name!r}")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pathprune.errors import BudgetError
 from pathprune.family.order import Order
 from pathprune.family.pair_list import PairList
+from pathprune.family.pairs import Pair
 
 Sizes = npt.NDArray[np.float64]
 
@@ -45,9 +46,9 @@ class Family:
             on_first: (pairs,), what is added when a filled pair loses its first units.
         """
         costs = self.order.units @ np.array(by_unit, dtype=np.float64)
-        for i, pair in enumerate(self.pairs if on_first is not None else ()):
-            if pair.name in self.filled and on_first is not None:
-                costs[np.flatnonzero(self.order.units[:, i])[0]] -= on_first[i]
+        for i, added in enumerate(on_first or ()):
+            if self.pairs[i].name in self.filled:
+                costs[np.flatnonzero(self.order.units[:, i])[0]] -= added
         sizes: Sizes = np.rint(dense - np.concatenate([[0.0], np.cumsum(costs)]))
         return sizes
 
@@ -88,9 +89,12 @@ def _bytes(family: Family) -> Sizes:
         )
     size = family.itemsize or base.itemsize
     dense = base.bytes + base.params * (size - base.itemsize)
-    entries = [pair.fill_params and len(pair.consumer.module) + BIAS_ENTRY for pair in pairs]
-    biases = [pair.fill_params * size + entry for pair, entry in zip(pairs, entries, strict=True)]
-    return family.less(dense, [pair.unit_params * size for pair in pairs], biases)
+    return family.less(dense, [pair.unit_params * size for pair in pairs], [fill_bytes(pair, size) for pair in pairs])
+
+
+def fill_bytes(pair: Pair, itemsize: int) -> int:
+    """What a fill adds to a file: the bias of a consumer that had none, and its name in the header."""
+    return pair.fill_params * itemsize + len(pair.consumer.module) + BIAS_ENTRY if pair.fill_params else 0
 
 
 BIAS_ENTRY = 120  # bytes that a tensor takes in a safetensors header beside its name, at the most

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pathprune.family.budget import Budget
-from pathprune.family.costs import BIAS_ENTRY, dense_macs
+from pathprune.family.costs import dense_macs, fill_bytes
 from pathprune.family.pair_list import PairList
 from pathprune.family.pairs import Pair
 
@@ -111,14 +111,9 @@ class Selection:
         base = self.pairs.base
         if not base.bytes:
             return None
-        added = self.params - base.params + self.pairs.prunable_params - self.pair_params  # biases of fills
-        names = sum(
-            len(pair.consumer.module) + BIAS_ENTRY
-            for pair in self.pairs
-            if pair.fill_params and pair.name in self.fill and not self.keep[pair.name].all()
-        )
-        gone = self.pairs.prunable_params - self.pair_params
-        return base.bytes + (added - gone) * base.itemsize + names
+        thinned = [pair for pair in self.pairs if pair.name in self.fill and not self.keep[pair.name].all()]
+        added = sum(fill_bytes(pair, base.itemsize) for pair in thinned)
+        return base.bytes - (self.pairs.prunable_params - self.pair_params) * base.itemsize + added
 
     @property
     def macs(self) -> int:
