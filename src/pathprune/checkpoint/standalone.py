@@ -33,12 +33,10 @@ class Sliced:
         super().__init__(config, *args, **kwargs)
         record = matched_record(self, config.pathprune["record"])
         shape_modules(self, record)
-        for name in record["modules"]:
-            if not self.get_submodule(name).weight.is_meta:
-                self._init_weights(self.get_submodule(name))
-        for name in record["parameters"]:
-            if not any(parameter.is_meta for parameter in self.get_submodule(name).parameters()):
-                self._init_weights(self.get_submodule(name))
+        for name in (*record["modules"], *record["parameters"]):
+            module = self.get_submodule(name)
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                self._init_weights(module)
         shape_attention(self, record)
         for part in self.modules():
             if isinstance(part, PreTrainedModel):
